@@ -8,7 +8,9 @@ from boft.errors import BOFTError
 
 Row = tuple[str, Sequence[Image.Image]] | tuple[str, Sequence[Image.Image], Sequence[str]]
 
-SMALLEST_CELL = 192  # a 128 px picture is shown at this size, so that its captions have room and its details can be seen
+SMALLEST_CELL = (
+    192  # a 128 px picture is shown at this size, so that its captions have room and its details can be seen
+)
 LARGEST_CELL = 512
 MARGIN = 20
 GAP = 10
@@ -22,8 +24,8 @@ def picture_grid(
     """Lay rows of pictures out on white, each row under its heading.
 
     Args:
-        rows: `(heading, pictures)` or `(heading, pictures, captions)`, top to bottom. An empty heading takes no space; captions stand
-            under the pictures, one each; rows may differ in length, and pictures in size and mode.
+        rows: `(heading, pictures)` or `(heading, pictures, captions)`, top to bottom. An empty heading takes no space;
+            captions stand under the pictures, one each; rows may differ in length, and pictures in size and mode.
         column_labels: one label a column, above the first row of pictures.
         cell: side in pixels of the square that each picture is fitted into, keeping its proportions. By default the
             longest side among the pictures, at least 192 and at most 512.
@@ -32,7 +34,7 @@ def picture_grid(
         An RGB picture.
 
     Raises:
-        BOFTError: no pictures at all, more labels or captions than there are columns or pictures, or a cell under 16 px.
+        BOFTError: no pictures at all, more labels than columns, more captions than pictures, or a cell under 16 px.
     """
     _check(rows, column_labels, cell)
     pictures = [picture for row in rows for picture in row[1]]
@@ -69,7 +71,7 @@ def _check(rows: Sequence[Row], column_labels: Sequence[str] | None, cell: int |
 
 
 def _picture_strip(images: Sequence[Image.Image], cell: int, width: int) -> Image.Image:
-    """One row of pictures, each fitted into `cell` × `cell` and centred there; the strip is as high as its highest picture."""
+    """One row of pictures, each centred in a square of `cell` px; the strip is as high as its highest picture."""
     fitted = [ImageOps.contain(_opaque(image), (cell, cell), Image.Resampling.LANCZOS) for image in images]
     height = max((image.height for image in fitted), default=0)
     strip = Image.new("RGB", (width, height), BACKGROUND)
@@ -106,7 +108,10 @@ def _text_strip(
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Break a text into lines of at most `width` px, inside a word only where the word alone is wider; the last line says … if cut."""
+    """Break a text into lines of at most `width` px, within a word only where the word alone is wider.
+
+    A text longer than `MOST_CAPTION_LINES` ends in an ellipsis.
+    """
     lines = [""]
     for word in text.split():
         joined = f"{lines[-1]} {word}".strip()

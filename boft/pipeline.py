@@ -1,0 +1,250 @@
+"""Base model + adapter → diffusers pipeline → pictures."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+
+from boft.errors import BOFTError
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+OPTIONAL_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+def load_pipeline(
+    base_model: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    scheduler: str | None = "ddim",
+    revision: str | None = None,
+    variant: str | None = None,
+) -> DiffusionPipeline:
+    """Load a text-to-image pipeline, with an adapter when one is named.
+
+    Args:
+        base_model: a diffusers folder, one `.safetensors` file in the original Stable Diffusion layout, or a Hub id.
+        adapter: an adapter folder as `boft.save_adapter` writes it.
+        device: where the pipeline goes; by default CUDA, else Apple's MPS, else the CPU.
+        dtype: one dtype for every component, whatever the files hold; by default float16 on CUDA and float32 elsewhere.
+            (Left to themselves, the libraries load float16 files as a float32 UNet beside a float16 text encoder.)
+        scheduler: a name of `SCHEDULERS`; None keeps the pipeline's own.
+        revision, variant: as in `from_pretrained`.
+
+    Raises:
+        BOFTError: nothing loadable under that name, an unknown scheduler or dtype, or an adapter that does not fit.
+    """
+    device = torch.device(device or default_device())
+    dtype = _resolve_dtype(dtype, device)
+    _check_scheduler(scheduler)
+    path = Path(base_model).expanduser()
+    if path.is_dir():
+        pipe = _from_directory(path, dtype, variant)
+    elif path.is_file():
+        pipe = _from_single_file(path, dtype)
+    else:
+        pipe = _from_hub(str(base_model), dtype, revision, variant)
+    if scheduler is not None:
+        pipe.scheduler = make_scheduler(scheduler, pipe.scheduler)
+    pipe.to(device)
+    if adapter is not None:
+        from boft.adapter import load_adapter
+
+        load_adapter(pipe, adapter)
+    return pipe
+
+
+def default_device() -> str:
+    """The fastest device that this machine has: cuda, mps or cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def make_scheduler(name: str, like) -> diffusers.SchedulerMixin:
+    """The scheduler called `name`, with the noise schedule, prediction type and timestep spacing of `like`.
+
+    Raises:
+        BOFTError: `name` is not in `SCHEDULERS`.
+    """
+    _check_scheduler(name)
+    # Latents are not confined to [-1, 1]; the default of DDIM and DDPM, meant for pixels, would clip them.
+    unclipped = {"clip_sample": False} if name in ("ddim", "ddpm") else {}
+    return getattr(diffusers, SCHEDULERS[name]).from_config(like.config, **unclipped)
+
+
+def generate(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int = 25,
+    guidance: float = 4.0,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 4,
+    progress: bool = False,
+) -> list[Image.Image]:
+    """Draw one picture for each (prompt, seed) pair.
+
+    Every picture has a CPU generator of its own, so that, up to rounding, it depends neither on its batch neighbours
+    nor on the device: picture i is `pipe(prompts[i], generator=torch.Generator().manual_seed(seeds[i])).images[0]`.
+    Modules in training mode (a preview during training) are in evaluation mode meanwhile.
+
+    Args:
+        prompts, seeds: of one length N.
+        steps: denoising steps. guidance: classifier-free guidance scale; 1 or less switches it off.
+        height, width: in pixels; by default the size that the model was trained for.
+        batch_size: pictures drawn at once. progress: show a bar, counted in denoising steps.
+
+    Returns:
+        N RGB pictures, in order.
+
+    Raises:
+        BOFTError: lengths that differ, no steps, an empty batch, or a size that the latents cannot express.
+    """
+    if isinstance(prompts, str) or len(prompts) != len(seeds):
+        raise BOFTError(f"generate needs one seed for each prompt in a list, not {len(seeds)} for {prompts!r}.")
+    _check_sizes(pipe, steps, batch_size, height, width)
+    pairs = list(zip(prompts, seeds, strict=True))
+    batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+
+    def advance(pipe: DiffusionPipeline, step: int, timestep: int, tensors: dict) -> dict:
+        bar.update()
+        return tensors
+
+    pictures = []
+    with _evaluating(pipe), _silent(pipe), tqdm(total=steps * len(batches), unit="step", disable=not progress) as bar:
+        for batch in batches:
+            pictures += pipe(
+                prompt=[prompt for prompt, _ in batch],
+                generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
+                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(batch),
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                height=height,
+                width=width,
+                callback_on_step_end=advance,
+            ).images
+    return pictures
+
+
+def _check_sizes(pipe: DiffusionPipeline, steps: int, batch_size: int, height: int | None, width: int | None) -> None:
+    if steps < 1:
+        raise BOFTError(f"steps must be 1 or more, not {steps}.")
+    if batch_size < 1:
+        raise BOFTError(f"batch_size must be 1 or more, not {batch_size}.")
+    multiple = max(8, pipe.vae_scale_factor)
+    for name, value in (("height", height), ("width", width)):
+        if value is not None and (value < multiple or value % multiple):
+            raise BOFTError(f"{name} must be a multiple of {multiple} pixels for this model, not {value}.")
+
+
+@contextmanager
+def _evaluating(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Every module of the pipeline in evaluation mode inside, as it was afterwards."""
+    components = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    training = [module for part in components for module in part.modules() if module.training]
+    for part in components:
+        part.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _silent(pipe: DiffusionPipeline) -> Iterator[None]:
+    """The pipeline's own progress bar off inside, as the person had set it afterwards."""
+    setting = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**setting)
+
+
+def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise BOFTError(f"Unknown dtype {dtype!r}; known are {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def _check_scheduler(name: str | None) -> None:
+    if name is not None and name not in SCHEDULERS:
+        raise BOFTError(f"Unknown scheduler {name!r}; known are {', '.join(SCHEDULERS)}.")
+
+
+def _from_directory(path: Path, dtype: torch.dtype, variant: str | None) -> DiffusionPipeline:
+    if not (path / "model_index.json").is_file():
+        hint = " (it is an adapter: give it as the adapter)" if (path / "adapter_config.json").is_file() else ""
+        raise BOFTError(f"The folder {path} has no model_index.json, so it is not a diffusers base model{hint}.")
+    with _loading(path):
+        index = DiffusionPipeline.load_config(path)
+        absent = {part: None for part in OPTIONAL_PARTS if part in index and not (path / part).is_dir()}
+        return AutoPipelineForText2Image.from_pretrained(path, dtype=dtype, variant=variant, **absent)
+
+
+def _from_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    if path.suffix != ".safetensors":
+        raise BOFTError(
+            f"The base model {path} is not a .safetensors file; other single files (pickles) are not opened."
+        )
+    with _loading(path):
+        with safe_open(path, framework="pt") as file:
+            is_sdxl = any(key.startswith("conditioner.embedders.1.") for key in file.keys())
+        kind = diffusers.StableDiffusionXLPipeline if is_sdxl else diffusers.StableDiffusionPipeline
+        return kind.from_single_file(path, dtype=dtype)
+
+
+def _from_hub(name: str, dtype: torch.dtype, revision: str | None, variant: str | None) -> DiffusionPipeline:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise BOFTError(f"The base model {name} does not exist: there is no such folder or file.")
+    try:
+        return AutoPipelineForText2Image.from_pretrained(name, dtype=dtype, revision=revision, variant=variant)
+    except (OSError, ValueError) as error:
+        raise BOFTError(
+            f"The base model {name} is no local folder or file, nor could it be fetched from the Hub: {_first_line(error)}"
+        ) from error
+
+
+@contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    """Turns whatever the libraries say about a broken local model into one sentence that names it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise BOFTError(f"The base model {path} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
