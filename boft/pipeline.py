@@ -233,7 +233,7 @@ def _from_hub(name: str, dtype: torch.dtype, revision: str | None, variant: str 
         return AutoPipelineForText2Image.from_pretrained(name, dtype=dtype, revision=revision, variant=variant)
     except (OSError, ValueError) as error:
         raise BOFTError(
-            f"The base model {name} is no local folder or file, nor could it be fetched from the Hub: {_first_line(error)}"
+            f"The base model {name} is no local folder or file, and fetching it failed: {_first_line(error)}"
         ) from error
 
 
