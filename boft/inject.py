@@ -1,0 +1,337 @@
+"""Adapters on a whole model: choose and wrap layers, select adapters and factors, merge, and restore the model.
+
+Every function takes any `nn.Module` (also one wrapped by `torch.compile` or data-parallel) and raises BOFTError, before
+anything is changed, when it cannot do what is asked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor, nn
+
+from boft.errors import BOFTError
+from boft.layers import BOFTLayer, ButterflyAdapter, layer_width, wrap
+from boft.adapter_config import ALL_LINEAR, BOFTConfig
+
+Factors = Real | Collection[int] | Mapping[int, float]
+
+# Attribute by which a merged base layer, back in its old place, knows the BOFT layer that it came from.
+_MERGED = "_boft_layer"
+# Attribute that marks a parameter frozen by add_adapter, so that removing the last adapter thaws it again.
+_FROZEN = "_boft_frozen"
+
+
+def add_adapter(model: nn.Module, config: BOFTConfig, name: str = "default") -> None:
+    """Freeze everything in the model, wrap the target layers and make the new adapter active and trainable.
+
+    The model computes exactly what it did before. Adapters already there stay, inactive and frozen.
+    Errors: no target found, a layer that does not fit or is neither Linear nor Conv2d, a name taken, a merged model.
+    """
+    model = unwrap(model)
+    targets = find_targets(model, config)
+    adapters = {}
+    for target, layer in targets.items():
+        base = base_of(layer)
+        adapters[target] = ButterflyAdapter(config, *layer_width(target, base), device=base.weight.device)
+    attach(model, adapters, name)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.requires_grad_(False)
+            setattr(parameter, _FROZEN, True)
+    for adapter in adapters.values():
+        adapter.requires_grad_(True)
+
+
+def find_targets(model: nn.Module, config: BOFTConfig) -> dict[str, nn.Module]:
+    """The modules that the config's `target_modules` name, by dotted name; all are checked to carry the adapter."""
+    modules = dict(_outer_modules(model))
+    wanted = config.target_modules
+    if wanted == ALL_LINEAR:
+        targets = {name: module for name, module in modules.items() if isinstance(base_of(module), nn.Linear)}
+    elif isinstance(wanted, str):
+        targets = {name: module for name, module in modules.items() if _pattern(wanted).fullmatch(name)}
+    else:
+        targets = {name: module for name, module in modules.items() if _ends_with_any(name, wanted)}
+    if not targets:
+        raise _no_target(model, wanted, modules)
+    widths = {name: layer_width(name, base_of(module))[0] for name, module in targets.items()}
+    for name, d in widths.items():
+        if not config.fits(d):
+            raise config.misfit(name, d, set(widths.values()))
+    return targets
+
+
+def attach(model: nn.Module, adapters: Mapping[str, ButterflyAdapter], name: str) -> None:
+    """Put ready-made adapters, by dotted layer name, under one adapter name, and make that the active one."""
+    require_free_name(model, name)
+    modules = dict(model.named_modules())
+    layers = {target: modules[target] for target in adapters}
+    wrapped = {target: layer if isinstance(layer, BOFTLayer) else wrap(layer) for target, layer in layers.items()}
+    _replace(model, {layer: wrapped[target] for target, layer in layers.items()})
+    for target, adapter in adapters.items():
+        adapter.train(wrapped[target].training)
+        wrapped[target].adapters[name] = adapter
+    set_adapter(model, name)
+
+
+def require_free_name(model: nn.Module, name: str) -> None:
+    """BOFTError unless a new adapter of this name can be added now."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
+        raise BOFTError(f"{name!r} is no name for an adapter: use letters, digits, '-' and '_'")
+    require_unmerged(model, f"adding adapter '{name}'")
+    if name in adapter_names(model):
+        raise BOFTError(f"the model already has an adapter named '{name}': remove it or choose another name")
+
+
+def remove_adapter(model: nn.Module, name: str = "default") -> None:
+    """Remove one adapter. With the last one the original modules return and what add_adapter froze is thawed.
+
+    A layer whose active adapter goes falls back to the others in its active set, if any.
+    """
+    model = unwrap(model)
+    _require_adapter(model, name)
+    require_unmerged(model, f"removing adapter '{name}'")
+    for layer in boft_layers(model).values():
+        if name in layer.adapters:
+            layer.active = tuple(other for other in layer.active if other != name)
+            del layer.adapters[name]
+            layer.drop_cache()
+    _replace(model, {layer: layer.base_layer for layer in boft_layers(model).values() if not layer.adapters})
+    if not boft_layers(model):
+        for parameter in model.parameters():
+            if parameter.__dict__.pop(_FROZEN, False):
+                parameter.requires_grad_(True)
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of the model's adapters, in the order in which they were added."""
+    return list(dict.fromkeys(name for layer in boft_layers(model).values() for name in layer.adapters))
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """The names of the adapters that apply, in their order."""
+    return list(dict.fromkeys(name for layer in boft_layers(model).values() for name in layer.active))
+
+
+def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Select the adapters that apply: one, several (the first one nearest to the base weight), or none at all ([]).
+
+    Which parameters are trainable does not change.
+    """
+    names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+    for name in names:
+        _require_adapter(model, name)
+    require_unmerged(model, "selecting adapters")
+    for layer in boft_layers(model).values():
+        layer.active = tuple(name for name in names if name in layer.adapters)
+        layer.drop_cache()
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """A context in which no adapter applies: the base model, bit for bit."""
+    before = active_adapters(model)
+    set_adapter(model, [])
+    try:
+        yield
+    finally:
+        set_adapter(model, before)
+
+
+def trainable_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
+    """The parameters of the named adapter (default: the active ones) that require a gradient, in module order."""
+    return [p for adapter in selected_adapters(model, name) for p in adapter.parameters() if p.requires_grad]
+
+
+def set_factors(model: nn.Module, factors: Factors, *, name: str | None = None, scale_and_bias: str = "follow") -> None:
+    """Choose how much of an adapter's m butterfly factors is applied (Figure 10), with no retraining.
+
+    factors     a whole number k = m … 0: the k narrowest factors, the widest going to the identity first;
+                any number between: 3.4 of 5 is the three narrowest, the fourth with its skew parameters scaled by 0.4;
+                a collection of factor indices (0 is the narrowest): exactly those;
+                a mapping of factor index to strength 0 … 1: those, each to its strength
+    name        the adapter; default: the active ones
+    scale_and_bias   "follow": they go with the mean strength f, as 1 + f·(s - 1) and f·bias, and are off at 0 factors,
+                where outputs are then the base model's bit for bit; "keep": they stay whole
+    """
+    if scale_and_bias not in ("follow", "keep"):
+        raise BOFTError(f"scale_and_bias must be 'follow' or 'keep', not {scale_and_bias!r}")
+    require_unmerged(model, "choosing factors")
+    adapters = selected_adapters(model, name)
+    strengths = [factor_strengths(factors, adapter.m) for adapter in adapters]
+    for adapter, chosen in zip(adapters, strengths, strict=True):
+        adapter.strengths, adapter.follow = chosen, scale_and_bias == "follow"
+    for layer in boft_layers(model).values():
+        layer.drop_cache()
+
+
+def get_factors(model: nn.Module, name: str | None = None) -> tuple[float, ...]:
+    """The strength of each factor, narrowest first, of the named (default: the first active) adapter."""
+    return selected_adapters(model, name)[0].strengths
+
+
+def factor_strengths(factors: Factors, m: int) -> tuple[float, ...]:
+    """The strength 0 … 1 of each of m factors, narrowest first, from any form that `set_factors` takes."""
+    if isinstance(factors, Real) and not isinstance(factors, bool):
+        if not 0 <= factors <= m:
+            raise BOFTError(f"factors must be from 0 to m={m}, not {factors!r}")
+        return tuple(float(min(max(factors - level, 0), 1)) for level in range(m))
+    if isinstance(factors, str) or not isinstance(factors, Collection):
+        raise BOFTError(f"factors must be a number, factor indices or a mapping index → strength, not {factors!r}")
+    chosen = factors if isinstance(factors, Mapping) else dict.fromkeys(factors, 1.0)
+    for level, strength in chosen.items():
+        if isinstance(level, bool) or not isinstance(level, Integral) or not 0 <= level < m:
+            raise BOFTError(f"factor indices are whole numbers from 0 (narrowest) to {m - 1}, not {level!r}")
+        if not isinstance(strength, Real) or not 0 <= strength <= 1:
+            raise BOFTError(f"the strength of factor {level} must be from 0 to 1, not {strength!r}")
+    return tuple(float(chosen.get(level, 0)) for level in range(m))
+
+
+def merge(model: nn.Module) -> None:
+    """Put the active adapters into the base weights and the plain base layers back in their places.
+
+    The model then has the base model's modules and speed. The base weights are kept for `unmerge`. Merging twice does nothing.
+    """
+    _require_any(model)
+    attached = {layer for layer in boft_layers(model).values() if not layer.merged}
+    for layer in attached:
+        layer.merge()
+        # Past nn.Module.__setattr__, which would make the BOFT layer a submodule of its own base layer.
+        layer.base_layer.__dict__[_MERGED] = layer
+    _replace(unwrap(model), {layer: layer.base_layer for layer in attached})
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo `merge`: the BOFT layers return, over the base weights bit for bit. On an unmerged model it does nothing."""
+    _require_any(model)
+    merged = {layer for layer in boft_layers(model).values() if layer.merged}
+    for layer in merged:
+        del layer.base_layer.__dict__[_MERGED]
+        layer.unmerge()
+    _replace(unwrap(model), {layer.base_layer: layer for layer in merged})
+
+
+def butterfly_matrix(module: nn.Module, name: str | None = None) -> Tensor:
+    """Dense R [d, d] of one adapted layer, W' = diag(s)·W·Rᵀ: of the named adapter, or the product of the active ones.
+
+    At the chosen strengths, without dropout; float32 or better.
+    """
+    layer = module if isinstance(module, BOFTLayer) else module.__dict__.get(_MERGED)
+    if layer is None:
+        raise BOFTError(f"butterfly_matrix takes one adapted layer, not a {type(module).__name__}")
+    names = layer.active if name is None else (name,)
+    for wanted in names:
+        if wanted not in layer.adapters:
+            raise BOFTError(f"the layer has no adapter '{wanted}'; it has: {', '.join(layer.adapters)}")
+    weight = layer.base_layer.weight
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    matrix = torch.eye(weight[0].numel(), dtype=dtype, device=weight.device)
+    for adapter in (layer.adapters[wanted] for wanted in names):
+        matrix = adapter.rotated(matrix)
+    return matrix
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, out of `torch.compile` and data-parallel wrappers."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod
+        else:
+            return model
+
+
+def boft_layers(model: nn.Module) -> dict[str, BOFTLayer]:
+    """The model's BOFT layers by dotted name, merged ones included."""
+    found = {}
+    for name, module in _outer_modules(unwrap(model)):
+        layer = module if isinstance(module, BOFTLayer) else module.__dict__.get(_MERGED)
+        if layer is not None:
+            found[name] = layer
+    return found
+
+
+def selected_adapters(model: nn.Module, name: str | None = None) -> list[ButterflyAdapter]:
+    """Every layer's adapter of that name (default: the active ones); BOFTError where there is none."""
+    _require_any(model)
+    if name is not None:
+        _require_adapter(model, name)
+    elif not active_adapters(model):
+        raise BOFTError(f"no adapter is active; the model has: {', '.join(adapter_names(model))}")
+    layers = boft_layers(model).values()
+    return [
+        layer.adapters[wanted]
+        for layer in layers
+        for wanted in (layer.active if name is None else (name,))
+        if wanted in layer.adapters
+    ]
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The base layer of a BOFT layer; any other module itself."""
+    return module.base_layer if isinstance(module, BOFTLayer) else module
+
+
+def _outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Named modules, without those inside BOFT layers."""
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module not in inside:
+            yield name, module
+        if isinstance(module, BOFTLayer):
+            inside.update(module.modules())
+
+
+def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put new[module] in every place where the model holds module; a shared layer has several."""
+    for parent in list(model.modules()):
+        if isinstance(parent, BOFTLayer):
+            continue
+        for child_name, child in list(parent.named_children()):
+            if child in new:
+                setattr(parent, child_name, new[child])
+
+
+def _pattern(text: str) -> re.Pattern:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise BOFTError(f"target_modules {text!r} is no regular expression: {error}") from None
+
+
+def _ends_with_any(name: str, wanted: Sequence[str]) -> bool:
+    return any(name == ending or name.endswith("." + ending) for ending in wanted)
+
+
+def _no_target(model: nn.Module, wanted: str | Sequence[str], modules: Mapping[str, nn.Module]) -> BOFTError:
+    """The error for target_modules that match nothing, with the last name parts that would."""
+    endings: dict[str, None] = {}
+    for name, module in modules.items():
+        if isinstance(base_of(module), nn.Linear | nn.Conv2d):
+            endings[name if name.rsplit(".", 1)[-1].isdigit() else name.rsplit(".", 1)[-1]] = None
+    there = ", ".join(list(endings)[:12]) or "none"
+    return BOFTError(
+        f"target_modules {wanted!r} matches no module of {type(model).__name__}; its Linear and Conv2d layers end in: {there}"
+    )
+
+
+def _require_any(model: nn.Module) -> None:
+    if not boft_layers(model):
+        raise BOFTError(f"{type(unwrap(model)).__name__} has no BOFT adapter")
+
+
+def _require_adapter(model: nn.Module, name: str) -> None:
+    names = adapter_names(model)
+    if name not in names:
+        raise BOFTError(f"the model has no adapter '{name}'; it has: {', '.join(names) or 'none'}")
+
+
+def require_unmerged(model: nn.Module, doing: str) -> None:
+    if any(layer.merged for layer in boft_layers(model).values()):
+        raise BOFTError(f"the model is merged: call boft.unmerge before {doing}")

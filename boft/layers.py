@@ -1,0 +1,298 @@
+"""BOFT layers: a frozen base layer and any number of named adapters over one shared rotation.
+
+    W' = diag(s) · W · Rᵀ        y = layer with W' (x) + bias
+
+W is the base weight [n, d] (a convolution's [n, c, kh, kw] flattened to d = c·kh·kw, as in PEFT), R the product of
+the adapter's butterfly factors, s and bias the optional trained output scale and bias [n]. The base layer's own bias
+is not scaled. Training, merging and export all take W' from `BOFTLayer.adapted_parameters`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from boft.butterfly import cayley, dropout_mask, full_precision, rotate, skew_matrix
+from boft.errors import BOFTError
+from boft.adapter_config import BOFTConfig
+
+
+class ButterflyAdapter(nn.Module):
+    """The trained tensors of one adapter on one layer of d inputs and n outputs, and how much of them is applied.
+
+    skew [m, r, b(b-1)/2], the strictly upper triangles of Q; scale [n] and bias [n], None where not trained. All are
+    float32, also after `model.half()` or `.to(torch.bfloat16)` (float64 after `.double()`). They start at Q = 0,
+    s = 1, bias = 0: exactly the base layer.
+
+    strengths [m] in 0 … 1 multiply the skew parameters of each factor, so that every point between is orthogonal; a
+    factor of strength 0 is left out. With `follow`, scale and bias go with the mean strength f: 1 + f·(s - 1), f·bias.
+    """
+
+    def __init__(self, config: BOFTConfig, d: int, n: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.m, self.b = config.m, int(config.block_size(d))
+        self.r = d // self.b
+        self.d, self.n = d, n
+        options = {"dtype": torch.float32, "device": device}
+        self.skew = nn.Parameter(torch.zeros(self.m, self.r, self.b * (self.b - 1) // 2, **options))
+        self.scale = nn.Parameter(torch.ones(n, **options)) if config.scale else None
+        self.bias = nn.Parameter(torch.zeros(n, **options)) if config.bias == "boft_only" else None
+        self.strengths = (1.0,) * self.m
+        self.follow = True
+
+    @property
+    def share(self) -> float:
+        """How much of scale and bias is applied, 0 … 1."""
+        return sum(self.strengths) / self.m if self.follow else 1.0
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The factors that are not the identity by choice, narrowest (0) first."""
+        return tuple(level for level, strength in enumerate(self.strengths) if strength)
+
+    @property
+    def neutral(self) -> bool:
+        """Whether nothing of this adapter is applied, so that the base layer may run untouched."""
+        return not self.levels and (self.share == 0 or (self.scale is None and self.bias is None))
+
+    @property
+    def drops(self) -> bool:
+        """Whether multiplicative dropout is asked for in training."""
+        return bool(self.config.p1 and self.config.p2)
+
+    def blocks(self, dtype: torch.dtype, dropout: bool = False) -> Tensor:
+        """Orthogonal blocks [len(levels), r, b, b] of the active factors, with multiplicative dropout if asked."""
+        skew = self.skew if len(self.levels) == self.m else self.skew[list(self.levels)]
+        strengths = [self.strengths[level] for level in self.levels]
+        if any(strength != 1 for strength in strengths):
+            skew = skew * skew.new_tensor(strengths)[:, None, None]
+        if dropout and self.drops:
+            # Zero skew is the identity block, and passes no gradient: dropping Q drops the block.
+            dropped = dropout_mask(*skew.shape[:2], self.config.p1, self.config.p2, skew.device)
+            skew = skew.masked_fill(dropped[..., None], 0)
+        return cayley(skew_matrix(skew.to(dtype), self.b))
+
+    def rotated(self, columns: Tensor, dropout: bool = False) -> Tensor:
+        """R X for X = columns [d, n], in the dtype of columns (float32 or float64)."""
+        return rotate(columns, self.blocks(columns.dtype, dropout), self.levels) if self.levels else columns
+
+    def output_scale(self) -> Tensor | None:
+        """s [n] as applied, None where it is one everywhere."""
+        if self.scale is None or self.share == 0:
+            return None
+        return self.scale if self.share == 1 else 1 + self.share * (self.scale - 1)
+
+    def output_bias(self) -> Tensor | None:
+        """The added output bias [n] as applied, None where there is none."""
+        if self.bias is None or self.share == 0:
+            return None
+        return self.bias if self.share == 1 else self.share * self.bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ButterflyAdapter:
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            # Half precision would round the small skew parameters away; from such a conversion only the device is taken.
+            return moved if torch.finfo(moved.dtype).bits >= 32 else tensor.to(moved.device)
+
+        return super()._apply(keep_precision, recurse)
+
+    def extra_repr(self) -> str:
+        return f"m={self.m}, r={self.r}, b={self.b}, scale={self.scale is not None}, bias={self.bias is not None}"
+
+
+class BOFTLayer(nn.Module):
+    """A base layer with named adapters; those in `active` apply, the first one nearest to the base weight.
+
+    With active adapters 1 … k: W' = diag(s_k ⋯ s_1) · W · R_1ᵀ ⋯ R_kᵀ, and their biases add up. Where nothing is active the
+    base layer itself runs, so its outputs are the base model's bit for bit.
+
+    In evaluation mode, where no gradient can reach the adapters, W' is computed once and kept until a parameter, the
+    active set or a strength changes, or the mode does. Only edits through `.data`, which PyTorch does not count, go unseen.
+    """
+
+    base_layer: nn.Module
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+        self.train(base_layer.training)
+        self._kept: tuple[nn.Parameter, nn.Parameter | None] | None = None
+        self._cache: tuple[tuple, Tensor, Tensor | None] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, which model code may ask for its dtype or device."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base layer holds the adapted weight."""
+        return self._kept is not None
+
+    def effective_adapters(self) -> list[ButterflyAdapter]:
+        """The active adapters that change anything, in the order in which they apply."""
+        adapters = [self.adapters[name] for name in self.active]
+        return [adapter for adapter in adapters if not adapter.neutral]
+
+    def adapted_parameters(self, dropout: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(W', bias') in the base layer's dtype and shapes: one differentiable function of base weight and adapters."""
+        weight, bias = self._kept or (self.base_layer.weight, self.base_layer.bias)
+        adapters = self.effective_adapters()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        for adapter in adapters:
+            dtype = torch.promote_types(dtype, adapter.skew.dtype)
+        with full_precision(weight.device):
+            columns = weight.flatten(1).t().to(dtype)  # [d, n]
+            adapted_bias = None if bias is None else bias.to(dtype)
+            for adapter in adapters:
+                columns = adapter.rotated(columns, dropout)
+                if (scale := adapter.output_scale()) is not None:
+                    columns = columns * scale.to(dtype)
+                if (added := adapter.output_bias()) is not None:
+                    adapted_bias = added.to(dtype) if adapted_bias is None else adapted_bias + added
+        # Laid out like the base weight, so that the same kernel runs: an untrained adapter is then exactly the base layer.
+        adapted = columns.t().to(weight.dtype).contiguous().reshape(weight.shape)
+        return adapted, None if adapted_bias is None else adapted_bias.to(weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The adapted layer's output for x, which has the base layer's input shape."""
+        if self.merged or not self.effective_adapters():
+            return self.base_layer(x)
+        weight, bias = self._cached_parameters() if self._constant() else self._fresh_parameters()
+        return self._run(x, weight, bias)
+
+    def merge(self) -> None:
+        """Put W' into the base layer; the base parameters themselves are kept aside."""
+        if self.merged:
+            return
+        self._cache = None
+        if not self.effective_adapters():
+            self._kept = (self.base_layer.weight, self.base_layer.bias)
+            return
+        with torch.no_grad():
+            weight, bias = self.adapted_parameters()
+        self._kept = (self.base_layer.weight, self.base_layer.bias)
+        self.base_layer.weight = nn.Parameter(weight, requires_grad=self.base_layer.weight.requires_grad)
+        self.base_layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Put the kept base parameters back, bit for bit; on the device and in the dtype the model has moved to."""
+        if not self.merged:
+            return
+        weight, bias = self._kept
+        for kept in (weight, bias):
+            if kept is not None:
+                kept.data = kept.data.to(self.base_layer.weight)
+        self._kept = None
+        self.base_layer.weight, self.base_layer.bias = weight, bias
+        self.adapters.to(weight.device)
+        self.train(self.base_layer.training)
+
+    def drop_cache(self) -> None:
+        """Forget the kept W'; it is computed again when next needed."""
+        self._cache = None
+
+    def train(self, mode: bool = True) -> BOFTLayer:
+        self._cache = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BOFTLayer:
+        self._cache = None
+        return super()._apply(fn, recurse)
+
+    def _sources(self) -> list[Tensor]:
+        base = [p for p in (self.base_layer.weight, self.base_layer.bias) if p is not None]
+        return base + [p for name in self.active for p in self.adapters[name].parameters()]
+
+    def _constant(self) -> bool:
+        if self.training or torch.compiler.is_compiling():
+            return False
+        sources = self._sources()
+        tracked = not any(p.is_inference() for p in sources)  # inference tensors have no version to compare
+        return tracked and not (torch.is_grad_enabled() and any(p.requires_grad for p in sources))
+
+    def _fresh_parameters(self) -> tuple[Tensor, Tensor | None]:
+        if self._cache is not None:
+            self._cache = None
+        return self.adapted_parameters(dropout=self.training)
+
+    def _cached_parameters(self) -> tuple[Tensor, Tensor | None]:
+        state = [(a.strengths, a.follow) for a in (self.adapters[name] for name in self.active)]
+        # A tensor made in inference mode cannot be used outside it, so the mode is part of the key.
+        key = (
+            self.active,
+            state,
+            torch.is_inference_mode_enabled(),
+            [(p.data_ptr(), p._version) for p in self._sources()],
+        )
+        if self._cache is None or self._cache[0] != key:
+            self._cache = None  # before the new one is made: two would not always fit
+            with torch.no_grad():
+                self._cache = (key, *self.adapted_parameters())
+        return self._cache[1:]
+
+    def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"active={list(self.active)}, merged={self.merged}"
+
+
+class BOFTLinear(BOFTLayer):
+    """An adapted `nn.Linear`: x [..., d] → [..., n]."""
+
+    base_layer: nn.Linear
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__(base_layer)
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+
+    def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+class BOFTConv2d(BOFTLayer):
+    """An adapted `nn.Conv2d`, any kernel size, stride, padding and padding mode, dilation: [N, c, H, W] → [N, n, H', W']."""
+
+    base_layer: nn.Conv2d
+
+    def __init__(self, base_layer: nn.Conv2d) -> None:
+        super().__init__(base_layer)
+        self.in_channels, self.out_channels = base_layer.in_channels, base_layer.out_channels
+
+    def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # The base layer's own convolution, so that every padding mode it knows is honoured.
+        return self.base_layer._conv_forward(x, weight, bias)
+
+
+def layer_width(name: str, layer: nn.Module) -> tuple[int, int]:
+    """(d, n): inputs and outputs of the flattened weight of a Linear or Conv2d. BOFTError, naming it, for any other."""
+    kind = type(layer).__name__
+    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+        raise BOFTError(f"layer '{name}' is a grouped convolution (groups={layer.groups}), which BOFT does not adapt")
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise BOFTError(f"layer '{name}' is read by nn.MultiheadAttention without being called, so an adapter is void")
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        raise BOFTError(f"layer '{name}' is a {kind}; BOFT adapts Linear and Conv2d layers")
+    if not layer.weight.is_floating_point():
+        raise BOFTError(
+            f"layer '{name}' ({kind}) has a quantised weight ({layer.weight.dtype}), which cannot be rotated"
+        )
+    n = layer.weight.shape[0]
+    return layer.weight.numel() // n, n
+
+
+def wrap(layer: nn.Linear | nn.Conv2d) -> BOFTLayer:
+    """The BOFT layer, still without adapters, around a base layer."""
+    return BOFTConv2d(layer) if isinstance(layer, nn.Conv2d) else BOFTLinear(layer)
