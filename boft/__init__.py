@@ -1,6 +1,7 @@
 """BOFT: orthogonal butterfly finetuning of any PyTorch model (Liu et al., ICLR 2024, arXiv 2311.06243)."""
 
 from boft.adapter import load_adapter, read_adapter_config, save_adapter
+from boft.adapter_config import BOFTConfig
 from boft.errors import BOFTError
 from boft.inject import (
     active_adapters,
@@ -16,7 +17,6 @@ from boft.inject import (
     trainable_parameters,
     unmerge,
 )
-from boft.adapter_config import BOFTConfig
 
 __all__ = [
     "BOFTConfig",

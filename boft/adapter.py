@@ -1,16 +1,17 @@
 """Adapter files: a directory of `adapter_model.safetensors` and `adapter_config.json`, strict and self-describing.
 
-Tensors `<component>.<full module name>.boft_skew` [m, r, b(b-1)/2], `.boft_scale` [n], `.boft_bias` [n]. The JSON records
-the method, every adapted layer's geometry, the base model's name, training prompts and step; the safetensors metadata
-carries the same JSON, so that the one file is enough. Everything is checked before a model is touched. Never pickle.
+Tensors `<component>.<full module name>.boft_skew` [m, r, b(b-1)/2], `.boft_scale` [n], `.boft_bias` [n]. The JSON
+records the method, every adapted layer's geometry, the base model's name, training prompts and step; the safetensors
+metadata carries the same JSON, so that the one file is enough. Everything is checked before a model is touched. Never
+pickle.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from torch import Tensor, nn
 
 import boft
 from boft import inject
+from boft.adapter_config import BOFTConfig
 from boft.errors import BOFTError
 from boft.layers import ButterflyAdapter, layer_width
-from boft.adapter_config import BOFTConfig
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -32,10 +33,17 @@ FORMAT, FORMAT_VERSION = "boft", 1
 # The key of the JSON in the safetensors metadata.
 METADATA_KEY = "boft"
 
-_TENSORS = ("skew", "scale", "bias")
+_CONFIG_KEYS = {
+    "base_model": (str, type(None)),
+    "prompts": (list,),
+    "step": (int, type(None)),
+    "config": (dict,),
+    "layers": (dict,),
+    "extra": (dict,),
+}
 _LAYER_KEYS = {"kind": str, "m": int, "r": int, "b": int, "in": int, "out": int}
 _COMPONENT_OF_CLASS = {"UNet2DConditionModel": "unet", "CLIPTextModel": "text_encoder"}
-_READABLE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_READABLE_DTYPES = ("F32", "F16", "BF16")
 
 Target = Any  # nn.Module | Mapping[str, nn.Module] | a diffusers pipeline, known by its `components`
 
@@ -57,39 +65,33 @@ def save_adapter(
     file is written beside its place and moved there whole. `extra` holds further JSON-able facts. BOFTError where no
     component has the adapter, or a tensor is not finite.
     """
-    components = _with_adapter(components_of(target), name)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise BOFTError(f"adapters are saved in float32, float16 or bfloat16, not {dtype}")
+    settings, layers, tensors = _adapter_parts(components_of(target), name, dtype)
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "boft_version": boft.__version__,
         "base_model": base_model,
-        "prompts": list(prompts),
+        "prompts": [prompts] if isinstance(prompts, str) else list(prompts),
         "step": step,
-        "config": {},
-        "layers": {},
+        "config": settings,
+        "layers": layers,
         "extra": dict(extra or {}),
     }
-    tensors: dict[str, Tensor] = {}
-    for component, module in components.items():
-        for layer_name, layer in inject.boft_layers(module).items():
-            if name not in layer.adapters:
-                continue
-            adapter = layer.adapters[name]
-            config["config"][component] = adapter.config.to_dict()
-            config["layers"][f"{component}.{layer_name}"] = {
-                "kind": _kind(layer.base_layer),
-                **{"m": adapter.m, "r": adapter.r, "b": adapter.b, "in": adapter.d, "out": adapter.n},
-            }
-            for key, parameter in adapter.named_parameters():
-                tensors[f"{component}.{layer_name}.boft_{key}"] = parameter.detach().to("cpu", dtype).contiguous()
-    _require_finite(tensors, "cannot save the adapter")
-    text = json.dumps(config, indent=2, ensure_ascii=False)
+    try:
+        text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BOFTError(f"base_model, prompts, step and extra must be JSON-able: {error}") from None
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with _written_whole(directory / WEIGHTS_NAME) as path:
-        save_file(tensors, path, metadata={"format": "pt", METADATA_KEY: text})
-    with _written_whole(directory / CONFIG_NAME) as path:
-        Path(path).write_text(text + "\n", encoding="utf-8")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _written_whole(directory / WEIGHTS_NAME) as path:
+            save_file(tensors, path, metadata={"format": "pt", METADATA_KEY: text})
+        with _written_whole(directory / CONFIG_NAME) as path:
+            path.write_text(text + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise BOFTError(f"the adapter cannot be written to '{directory}': {error}") from None
     return directory
 
 
@@ -106,7 +108,7 @@ def load_adapter(
     source is an adapter directory, or the .safetensors file alone. The file must fit exactly: a missing, extra,
     misshapen or non-finite tensor, a layer that the model lacks or that has other dimensions is one BOFTError, before
     anything is changed. `replace` allows a name already there. `trainable` asks for gradients of the adapter's
-    parameters; the base is left as it is.
+    parameters and freezes everything else, as `boft.add_adapter` does; else the base is left as it is.
     """
     path, config = _open_adapter(source)
     components = _matching_components(components_of(target), config, path)
@@ -116,18 +118,17 @@ def load_adapter(
         inject.require_unmerged(module, f"loading adapter '{name}'")
     adapters = _build_adapters(components, config, path)
     for component, module in components.items():
-        if name in inject.adapter_names(module):
-            inject.remove_adapter(module, name)
+        inject.detach(module, name)
         inject.attach(module, adapters[component], name)
-        for adapter in adapters[component].values():
-            adapter.requires_grad_(trainable)
+        if trainable:
+            inject.train_only(module, adapters[component].values())
     return config
 
 
 def read_adapter_config(source: str | os.PathLike) -> dict[str, Any]:
     """The checked JSON config of an adapter directory or file: base_model, prompts, step, config, layers, extra, ….
 
-    `config` holds the BOFTConfig values by component, `layers` the geometry of each layer by `<component>.<module name>`.
+    `config` holds the BOFTConfig values by component, `layers` each layer's geometry by `<component>.<module name>`.
     """
     return _open_adapter(source)[1]
 
@@ -144,11 +145,29 @@ def components_of(target: Target) -> dict[str, nn.Module]:
     return {key: inject.unwrap(module) for key, module in parts.items() if isinstance(module, nn.Module)}
 
 
-def _with_adapter(components: dict[str, nn.Module], name: str) -> dict[str, nn.Module]:
-    chosen = {key: module for key, module in components.items() if name in inject.adapter_names(module)}
-    if not chosen:
+def _adapter_parts(
+    components: Mapping[str, nn.Module], name: str, dtype: torch.dtype
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    """(settings by component, geometry by layer, tensors by key) of one adapter, as they are written."""
+    settings: dict[str, Any] = {}
+    layers: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for component, module in components.items():
+        if "." in component:
+            raise BOFTError(f"component '{component}' cannot be saved: its name has a dot")
+        for module_name, layer in inject.boft_layers(module).items():
+            if name not in layer.adapters:
+                continue
+            adapter, key = layer.adapters[name], f"{component}.{module_name}"
+            settings[component] = adapter.config.to_dict()
+            geometry = {"m": adapter.m, "r": adapter.r, "b": adapter.b, "in": adapter.d, "out": adapter.n}
+            layers[key] = {"kind": _kind(layer.base_layer), **geometry}
+            for part, parameter in adapter.named_parameters():
+                tensors[f"{key}.boft_{part}"] = parameter.detach().to("cpu", dtype).contiguous()
+    if not layers:
         raise BOFTError(f"there is no adapter '{name}' to save in: {', '.join(components) or 'no component'}")
-    return chosen
+    _require_finite(tensors, "the adapter cannot be saved")
+    return settings, layers, tensors
 
 
 def _kind(layer: nn.Module) -> str:
@@ -162,21 +181,16 @@ def _require_finite(tensors: Mapping[str, Tensor], prefix: str) -> None:
 
 
 @contextmanager
-def _written_whole(path: Path):
+def _written_whole(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that replaces it once written and flushed to disk; on failure nothing remains."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are the owner's alone
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _open_adapter(source: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
@@ -186,15 +200,15 @@ def _open_adapter(source: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
     if not path.is_file():
         raise BOFTError(f"'{source}' is no adapter: there is no file '{path}'")
     embedded = _embedded_config(path)
-    config_path = source / CONFIG_NAME
-    if not source.is_dir():
-        config, where = embedded, path
-        if config is None:
+    if path == source:
+        if embedded is None:
             raise BOFTError(f"'{path}' has no BOFT config in its metadata; give the directory that has {CONFIG_NAME}")
-    else:
-        config, where = _json_file(config_path), config_path
-    _check_config(config, where)
-    if embedded is not None and any(embedded.get(key) != config[key] for key in ("format_version", "config", "layers")):
+        _check_config(embedded, path)
+        return path, embedded
+    config_path = source / CONFIG_NAME
+    config = _json_file(config_path)
+    _check_config(config, config_path)
+    if embedded is not None and any(embedded.get(key) != config[key] for key in ("config", "layers")):
         raise BOFTError(f"'{config_path}' describes another adapter than '{path}' itself does")
     return path, config
 
@@ -231,21 +245,20 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
 def _check_config(config: dict[str, Any], path: Path) -> None:
     """BOFTError unless the config is one of ours, of a version known here, and consistent in itself."""
     if config.get("format") != FORMAT:
-        raise BOFTError(
-            f"'{path}' is not a BOFT adapter config: its format is {config.get('format')!r}, not '{FORMAT}'"
-        )
-    if config.get("format_version") != FORMAT_VERSION:
-        raise BOFTError(
-            f"'{path}' has format version {config.get('format_version')!r}; this version of boft reads {FORMAT_VERSION}"
-        )
-    for key in ("config", "layers"):
-        if not isinstance(config.get(key), dict) or not config[key]:
-            raise BOFTError(f"'{path}' has no '{key}'")
-    settings = {
-        component: _component_settings(component, values, path) for component, values in config["config"].items()
-    }
+        raise BOFTError(f"'{path}' is no BOFT adapter config: its format is {config.get('format')!r}, not '{FORMAT}'")
+    if (version := config.get("format_version")) != FORMAT_VERSION:
+        raise BOFTError(f"'{path}' has format version {version!r}; this version of boft reads {FORMAT_VERSION}")
+    for key, kinds in _CONFIG_KEYS.items():
+        if key not in config or not isinstance(config[key], kinds):
+            raise BOFTError(f"'{path}': the entry '{key}' is missing or of the wrong type")
+    settings = {key: _component_settings(key, values, path) for key, values in config["config"].items()}
     for layer, entry in config["layers"].items():
         _check_layer(layer, entry, settings, path)
+    for component in settings:
+        if not any(layer.startswith(f"{component}.") for layer in config["layers"]):
+            raise BOFTError(f"'{path}': component '{component}' has no layers")
+    if not settings:
+        raise BOFTError(f"'{path}' describes no layer")
 
 
 def _component_settings(component: str, values: Any, path: Path) -> BOFTConfig:
@@ -277,7 +290,8 @@ def _matching_components(components: dict[str, nn.Module], config: dict[str, Any
         return {wanted[0]: next(iter(components.values()))}  # one module for one component, whatever its class
     if missing:
         raise BOFTError(
-            f"'{path}' holds an adapter for component '{missing[0]}', which the target lacks; it has: {', '.join(components)}"
+            f"'{path}' holds an adapter for component '{missing[0]}', which the target lacks; "
+            f"it has: {', '.join(components) or 'none'}"
         )
     return {component: components[component] for component in wanted}
 
@@ -285,39 +299,38 @@ def _matching_components(components: dict[str, nn.Module], config: dict[str, Any
 def _build_adapters(
     components: Mapping[str, nn.Module], config: dict[str, Any], path: Path
 ) -> dict[str, dict[str, ButterflyAdapter]]:
-    """Adapters by component and layer name, filled from the file; nothing of the model is changed."""
+    """Adapters by component and module name, filled from the file; nothing of the model is changed."""
+    modules = {component: inject.outer_modules(module) for component, module in components.items()}
+    settings = {component: BOFTConfig.from_dict(values) for component, values in config["config"].items()}
     adapters: dict[str, dict[str, ButterflyAdapter]] = {component: {} for component in components}
-    slots: dict[str, nn.Parameter] = {}
-    for layer_name, entry in config["layers"].items():
-        component, module_name = layer_name.split(".", 1)
-        base = _base_layer(components[component], module_name, layer_name, entry, path)
-        settings = BOFTConfig.from_dict(config["config"][component])
-        # Checked before it is allocated: sizes in a file are not to be trusted.
-        adapter = ButterflyAdapter(settings, entry["in"], entry["out"], device="meta")
-        adapters[component][module_name] = adapter
-        slots.update({f"{layer_name}.boft_{key}": parameter for key, parameter in adapter.named_parameters()})
-    tensors = _read_tensors(path, {key: tuple(slot.shape) for key, slot in slots.items()})
-    for layer_name in config["layers"]:
-        component, module_name = layer_name.split(".", 1)
-        base = inject.base_of(components[component].get_submodule(module_name))
-        adapter = adapters[component][module_name]
-        values = {key: tensors[f"{layer_name}.boft_{key}"] for key, _ in adapter.named_parameters()}
-        adapter.load_state_dict({key: value.to(base.weight.device) for key, value in values.items()}, assign=True)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key, entry in config["layers"].items():
+        component, module_name = key.split(".", 1)
+        if module_name not in modules[component]:
+            owner = type(components[component]).__name__
+            raise BOFTError(f"'{path}' adapts layer '{key}', which {owner} does not have")
+        _require_same_layer(inject.base_of(modules[component][module_name]), key, entry, path)
+        # On no device until the tensors themselves have been checked.
+        adapter = ButterflyAdapter(settings[component], entry["in"], entry["out"], device="meta")
+        adapters[component][module_name] = adapter.requires_grad_(False)
+        shapes.update({f"{key}.boft_{part}": tuple(p.shape) for part, p in adapter.named_parameters()})
+    tensors = _read_tensors(path, shapes)
+    for component, by_module in adapters.items():
+        for module_name, adapter in by_module.items():
+            device = inject.base_of(modules[component][module_name]).weight.device
+            parts = [part for part, _ in adapter.named_parameters()]
+            values = {part: tensors[f"{component}.{module_name}.boft_{part}"].to(device) for part in parts}
+            adapter.load_state_dict(values, assign=True)
     return adapters
 
 
-def _base_layer(model: nn.Module, module_name: str, layer: str, entry: dict[str, Any], path: Path) -> nn.Module:
-    try:
-        base = inject.base_of(model.get_submodule(module_name))
-    except AttributeError:
-        raise BOFTError(f"'{path}' adapts layer '{layer}', which {type(model).__name__} does not have") from None
-    d, n = layer_width(layer, base)
-    if (_kind(base), d, n) != (entry["kind"], entry["in"], entry["out"]):
+def _require_same_layer(base: nn.Module, key: str, entry: Mapping[str, Any], path: Path) -> None:
+    kind, (d, n) = _kind(base), layer_width(key, base)
+    if (kind, d, n) != (entry["kind"], entry["in"], entry["out"]):
         raise BOFTError(
-            f"'{path}' was made for a {entry['kind']} layer '{layer}' of {entry['in']} inputs and {entry['out']} outputs; "
-            f"this model's is {_kind(base)}, {d} and {n}"
+            f"'{path}' was made for a {entry['kind']} layer '{key}' of {entry['in']} inputs and {entry['out']} "
+            f"outputs; this model's is {kind}, {d} and {n}"
         )
-    return base
 
 
 def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -325,21 +338,19 @@ def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
     try:
         with safe_open(path, framework="pt") as file:
             present = set(file.keys())
-            for key in (*shapes, *present):
+            for key in (*shapes, *sorted(present)):
                 if key not in present:
                     raise BOFTError(f"'{path}' lacks tensor '{key}'")
                 if key not in shapes:
                     raise BOFTError(f"'{path}' has a tensor '{key}' that its config does not describe")
                 header = file.get_slice(key)
-                if header.get_dtype() not in _READABLE_DTYPES:
-                    raise BOFTError(
-                        f"'{path}': tensor '{key}' is {header.get_dtype()}, not {', '.join(_READABLE_DTYPES)}"
-                    )
-                if tuple(header.get_shape()) != shapes[key]:
-                    raise BOFTError(
-                        f"'{path}': tensor '{key}' has shape {list(header.get_shape())} instead of {list(shapes[key])}"
-                    )
-            tensors = {key: file.get_tensor(key).float() for key in shapes}
+                dtype, shape = header.get_dtype(), tuple(header.get_shape())
+                if dtype not in _READABLE_DTYPES:
+                    raise BOFTError(f"'{path}': tensor '{key}' is {dtype}, not {', '.join(_READABLE_DTYPES)}")
+                if shape != shapes[key]:
+                    raise BOFTError(f"'{path}': tensor '{key}' has shape {shape} instead of {shapes[key]}")
+            # Copies: a tensor of a mapped file would change or vanish with it.
+            tensors = {key: file.get_tensor(key).to(torch.float32, copy=True) for key in shapes}
     except (SafetensorError, OSError) as error:
         raise BOFTError(f"'{path}' is no readable safetensors file: {error}") from None
     _require_finite(tensors, f"'{path}' is broken")

@@ -26,7 +26,7 @@ class BOFTConfig:
     p1, p2          multiplicative dropout (training only): in a share p1 of the factors, a share p2 of the blocks is
                     replaced by the identity; off at p2 = 0
     scale           train an output scale s (one number an output; the base layer's own bias is not scaled)
-    bias            "boft_only" trains an output bias (one number an output, the paper's "adapter only"), "none" does not
+    bias            "boft_only" trains an output bias (one number an output; the paper's "adapter only"), "none" none
 
     Raises BOFTError for a value outside these.
     """
@@ -55,18 +55,18 @@ class BOFTConfig:
             raise BOFTError(f"bias must be one of {', '.join(BIASES)}, not {self.bias!r}")
         object.__setattr__(self, "target_modules", _target_modules(self.target_modules))
 
-    def block_size(self, d: int) -> float:
-        """b at width d, fractional where r does not divide d."""
-        return self.b if self.r is None else d / self.r
+    def block_size(self, d: int) -> int:
+        """b at width d, which the adapter must fit."""
+        return d // self.r if self.b is None else self.b
 
     def fits(self, d: int) -> bool:
         """Whether a layer of d inputs can carry this adapter."""
-        return (self.r is None or d % self.r == 0) and fits(d, self.m, int(self.block_size(d)))
+        return (self.r is None or d % self.r == 0) and fits(d, self.m, self.block_size(d))
 
     def misfit(self, layer: str, d: int, widths: set[int]) -> BOFTError:
-        """The error for a layer of d inputs that does not fit, naming what would (for all target widths if possible)."""
+        """The error for a layer of d inputs that does not fit, naming what would (in all target widths if any)."""
         asked = f"m={self.m}, b={self.b}" if self.r is None else f"m={self.m}, r={self.r}"
-        near = nearest_geometries(d, self.m, max(self.block_size(d), 1), also=widths)
+        near = nearest_geometries(d, self.m, d / self.r if self.b is None else self.b, also=widths)
         offer = ", ".join(f"(m={m}, r={d // b}, b={b})" for m, b in near) or "none, as a block has at least 2 inputs"
         return BOFTError(f"layer '{layer}' has {d} inputs, which {asked} does not fit; nearest that fit: {offer}")
 

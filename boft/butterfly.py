@@ -23,7 +23,7 @@ def fits(d: int, m: int, b: int) -> bool:
 
     b divides d, with any b ≥ 2 at m = 1; m > 1 needs an even b and 2^(m-1) dividing r = d / b.
     """
-    if m < 1 or b < 2 or d % b:
+    if m < 1 or b < 2 or d < b or d % b:
         return False
     r = d // b
     # The bit length is compared first: 2^(m-1) of a hostile m would not fit in memory.
@@ -49,14 +49,14 @@ def nearest_geometries(d: int, m: int, b: float, *, also: Iterable[int] = (), co
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
-    """A context in which autocast leaves matrix products alone; the rotation is always computed in float32 or better."""
+    """A context without autocast: the rotation is always computed in float32 or better."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
 def skew_matrix(skew: Tensor, b: int) -> Tensor:
-    """Skew-symmetric Q [..., b, b] from its strictly upper triangle [..., b(b-1)/2], row-major as `torch.triu_indices`."""
+    """Skew-symmetric Q [..., b, b] from its strictly upper triangle [..., b(b-1)/2], row by row."""
     row, column = torch.triu_indices(b, b, offset=1, device=skew.device)
     upper = skew.new_zeros(*skew.shape[:-1], b * b).index_copy(-1, row * b + column, skew).unflatten(-1, (b, b))
     return upper - upper.mT
@@ -105,5 +105,5 @@ def random_share(shape: Sequence[int], share: float, device: torch.device) -> Te
 
 
 def dropout_mask(m: int, r: int, p1: float, p2: float, device: torch.device) -> Tensor:
-    """Blocks [m, r] that multiplicative dropout replaces by the identity: a share p2 of the blocks in a share p1 of m."""
+    """Blocks [m, r] that multiplicative dropout makes the identity: a share p2 of them in a share p1 of m."""
     return random_share((m,), p1, device)[:, None] & random_share((m, r), p2, device)

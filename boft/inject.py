@@ -7,16 +7,16 @@ anything is changed, when it cannot do what is asked.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
 
+from boft.adapter_config import ALL_LINEAR, BOFTConfig
 from boft.errors import BOFTError
 from boft.layers import BOFTLayer, ButterflyAdapter, layer_width, wrap
-from boft.adapter_config import ALL_LINEAR, BOFTConfig
 
 Factors = Real | Collection[int] | Mapping[int, float]
 
@@ -39,17 +39,12 @@ def add_adapter(model: nn.Module, config: BOFTConfig, name: str = "default") -> 
         base = base_of(layer)
         adapters[target] = ButterflyAdapter(config, *layer_width(target, base), device=base.weight.device)
     attach(model, adapters, name)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.requires_grad_(False)
-            setattr(parameter, _FROZEN, True)
-    for adapter in adapters.values():
-        adapter.requires_grad_(True)
+    train_only(model, adapters.values())
 
 
 def find_targets(model: nn.Module, config: BOFTConfig) -> dict[str, nn.Module]:
     """The modules that the config's `target_modules` name, by dotted name; all are checked to carry the adapter."""
-    modules = dict(_outer_modules(model))
+    modules = outer_modules(model)
     wanted = config.target_modules
     if wanted == ALL_LINEAR:
         targets = {name: module for name, module in modules.items() if isinstance(base_of(module), nn.Linear)}
@@ -69,7 +64,7 @@ def find_targets(model: nn.Module, config: BOFTConfig) -> dict[str, nn.Module]:
 def attach(model: nn.Module, adapters: Mapping[str, ButterflyAdapter], name: str) -> None:
     """Put ready-made adapters, by dotted layer name, under one adapter name, and make that the active one."""
     require_free_name(model, name)
-    modules = dict(model.named_modules())
+    modules = outer_modules(model)
     layers = {target: modules[target] for target in adapters}
     wrapped = {target: layer if isinstance(layer, BOFTLayer) else wrap(layer) for target, layer in layers.items()}
     _replace(model, {layer: wrapped[target] for target, layer in layers.items()})
@@ -77,6 +72,16 @@ def attach(model: nn.Module, adapters: Mapping[str, ButterflyAdapter], name: str
         adapter.train(wrapped[target].training)
         wrapped[target].adapters[name] = adapter
     set_adapter(model, name)
+
+
+def train_only(model: nn.Module, adapters: Iterable[ButterflyAdapter]) -> None:
+    """Make these adapters trainable and freeze everything else, marked so that `remove_adapter` can thaw it."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.requires_grad_(False)
+            setattr(parameter, _FROZEN, True)
+    for adapter in adapters:
+        adapter.requires_grad_(True)
 
 
 def require_free_name(model: nn.Module, name: str) -> None:
@@ -96,16 +101,21 @@ def remove_adapter(model: nn.Module, name: str = "default") -> None:
     model = unwrap(model)
     _require_adapter(model, name)
     require_unmerged(model, f"removing adapter '{name}'")
+    detach(model, name)
+    if not boft_layers(model):
+        for parameter in model.parameters():
+            if parameter.__dict__.pop(_FROZEN, False):
+                parameter.requires_grad_(True)
+
+
+def detach(model: nn.Module, name: str) -> None:
+    """Take one adapter out of every layer, and the BOFT layers left without any out of the model."""
     for layer in boft_layers(model).values():
         if name in layer.adapters:
             layer.active = tuple(other for other in layer.active if other != name)
             del layer.adapters[name]
             layer.drop_cache()
     _replace(model, {layer: layer.base_layer for layer in boft_layers(model).values() if not layer.adapters})
-    if not boft_layers(model):
-        for parameter in model.parameters():
-            if parameter.__dict__.pop(_FROZEN, False):
-                parameter.requires_grad_(True)
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -195,7 +205,8 @@ def factor_strengths(factors: Factors, m: int) -> tuple[float, ...]:
 def merge(model: nn.Module) -> None:
     """Put the active adapters into the base weights and the plain base layers back in their places.
 
-    The model then has the base model's modules and speed. The base weights are kept for `unmerge`. Merging twice does nothing.
+    The model then has the base model's modules and speed. The base weights are kept for `unmerge`. Merging again does
+    nothing.
     """
     _require_any(model)
     attached = {layer for layer in boft_layers(model).values() if not layer.merged}
@@ -250,7 +261,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def boft_layers(model: nn.Module) -> dict[str, BOFTLayer]:
     """The model's BOFT layers by dotted name, merged ones included."""
     found = {}
-    for name, module in _outer_modules(unwrap(model)):
+    for name, module in outer_modules(unwrap(model)).items():
         layer = module if isinstance(module, BOFTLayer) else module.__dict__.get(_MERGED)
         if layer is not None:
             found[name] = layer
@@ -278,14 +289,16 @@ def base_of(module: nn.Module) -> nn.Module:
     return module.base_layer if isinstance(module, BOFTLayer) else module
 
 
-def _outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Named modules, without those inside BOFT layers."""
+def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by dotted name, without those inside BOFT layers."""
     inside: set[nn.Module] = set()
+    outer = {}
     for name, module in model.named_modules():
         if module not in inside:
-            yield name, module
+            outer[name] = module
         if isinstance(module, BOFTLayer):
             inside.update(module.modules())
+    return outer
 
 
 def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
@@ -293,7 +306,7 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     for parent in list(model.modules()):
         if isinstance(parent, BOFTLayer):
             continue
-        for child_name, child in list(parent.named_children()):
+        for child_name, child in list(parent._modules.items()):  # named_children names a shared child once
             if child in new:
                 setattr(parent, child_name, new[child])
 
@@ -316,8 +329,10 @@ def _no_target(model: nn.Module, wanted: str | Sequence[str], modules: Mapping[s
         if isinstance(base_of(module), nn.Linear | nn.Conv2d):
             endings[name if name.rsplit(".", 1)[-1].isdigit() else name.rsplit(".", 1)[-1]] = None
     there = ", ".join(list(endings)[:12]) or "none"
+    rule = "as a regular expression for the whole name " if isinstance(wanted, str) and wanted != ALL_LINEAR else ""
     return BOFTError(
-        f"target_modules {wanted!r} matches no module of {type(model).__name__}; its Linear and Conv2d layers end in: {there}"
+        f"target_modules {wanted!r} {rule}matches no module of {type(model).__name__}; "
+        f"its Linear and Conv2d layers end in: {there}"
     )
 
 

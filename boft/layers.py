@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from boft.adapter_config import BOFTConfig
 from boft.butterfly import cayley, dropout_mask, full_precision, rotate, skew_matrix
 from boft.errors import BOFTError
-from boft.adapter_config import BOFTConfig
 
 
 class ButterflyAdapter(nn.Module):
@@ -34,7 +34,7 @@ class ButterflyAdapter(nn.Module):
     def __init__(self, config: BOFTConfig, d: int, n: int, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.config = config
-        self.m, self.b = config.m, int(config.block_size(d))
+        self.m, self.b = config.m, config.block_size(d)
         self.r = d // self.b
         self.d, self.n = d, n
         options = {"dtype": torch.float32, "device": device}
@@ -95,7 +95,7 @@ class ButterflyAdapter(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ButterflyAdapter:
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            # Half precision would round the small skew parameters away; from such a conversion only the device is taken.
+            # Half precision would round small skew parameters away; of such a conversion only the device is taken.
             return moved if torch.finfo(moved.dtype).bits >= 32 else tensor.to(moved.device)
 
         return super()._apply(keep_precision, recurse)
@@ -107,11 +107,11 @@ class ButterflyAdapter(nn.Module):
 class BOFTLayer(nn.Module):
     """A base layer with named adapters; those in `active` apply, the first one nearest to the base weight.
 
-    With active adapters 1 … k: W' = diag(s_k ⋯ s_1) · W · R_1ᵀ ⋯ R_kᵀ, and their biases add up. Where nothing is active the
-    base layer itself runs, so its outputs are the base model's bit for bit.
+    With active adapters 1 … k: W' = diag(s_k ⋯ s_1) · W · R_1ᵀ ⋯ R_kᵀ, and their biases add up. Where nothing is active
+    the base layer itself runs, so its outputs are the base model's bit for bit.
 
     In evaluation mode, where no gradient can reach the adapters, W' is computed once and kept until a parameter, the
-    active set or a strength changes, or the mode does. Only edits through `.data`, which PyTorch does not count, go unseen.
+    active set, a strength or the mode changes. Only edits through `.data`, which PyTorch does not count, go unseen.
     """
 
     base_layer: nn.Module
@@ -161,7 +161,7 @@ class BOFTLayer(nn.Module):
                     columns = columns * scale.to(dtype)
                 if (added := adapter.output_bias()) is not None:
                     adapted_bias = added.to(dtype) if adapted_bias is None else adapted_bias + added
-        # Laid out like the base weight, so that the same kernel runs: an untrained adapter is then exactly the base layer.
+        # Laid out like the base weight, so that the same kernel runs: an untrained adapter is exactly the base layer.
         adapted = columns.t().to(weight.dtype).contiguous().reshape(weight.shape)
         return adapted, None if adapted_bias is None else adapted_bias.to(weight.dtype)
 
@@ -228,14 +228,10 @@ class BOFTLayer(nn.Module):
         return self.adapted_parameters(dropout=self.training)
 
     def _cached_parameters(self) -> tuple[Tensor, Tensor | None]:
-        state = [(a.strengths, a.follow) for a in (self.adapters[name] for name in self.active)]
+        factors = [(adapter.strengths, adapter.follow) for adapter in self.effective_adapters()]
+        versions = [(p.data_ptr(), p._version) for p in self._sources()]
         # A tensor made in inference mode cannot be used outside it, so the mode is part of the key.
-        key = (
-            self.active,
-            state,
-            torch.is_inference_mode_enabled(),
-            [(p.data_ptr(), p._version) for p in self._sources()],
-        )
+        key = (self.active, factors, versions, torch.is_inference_mode_enabled())
         if self._cache is None or self._cache[0] != key:
             self._cache = None  # before the new one is made: two would not always fit
             with torch.no_grad():
@@ -263,7 +259,7 @@ class BOFTLinear(BOFTLayer):
 
 
 class BOFTConv2d(BOFTLayer):
-    """An adapted `nn.Conv2d`, any kernel size, stride, padding and padding mode, dilation: [N, c, H, W] → [N, n, H', W']."""
+    """An adapted `nn.Conv2d` of any kernel size, stride, padding, padding mode and dilation; not grouped."""
 
     base_layer: nn.Conv2d
 
