@@ -59,15 +59,15 @@ def picture_grid(
 
 def _check(rows: Sequence[Row], column_labels: Sequence[str] | None, cell: int | None) -> None:
     if not any(len(row[1]) for row in rows):
-        raise BOFTError("A picture grid needs at least one picture.")
+        raise BOFTError("a picture grid needs at least one picture")
     if cell is not None and cell < 16:
-        raise BOFTError(f"A grid cell of {cell} px is too small; 16 px or more fits.")
+        raise BOFTError(f"a grid cell of {cell} px is too small; 16 px or more fits")
     columns = max(len(row[1]) for row in rows)
     if column_labels and len(column_labels) > columns:
-        raise BOFTError(f"The grid has {columns} columns but {len(column_labels)} column labels.")
+        raise BOFTError(f"the grid has {columns} columns but {len(column_labels)} column labels")
     for heading, images, *rest in rows:
         if rest and len(rest[0]) > len(images):
-            raise BOFTError(f"The grid row {heading!r} has {len(images)} pictures but {len(rest[0])} captions.")
+            raise BOFTError(f"the grid row {heading!r} has {len(images)} pictures but {len(rest[0])} captions")
 
 
 def _picture_strip(images: Sequence[Image.Image], cell: int, width: int) -> Image.Image:

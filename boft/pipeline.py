@@ -13,15 +13,8 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from boft.errors import BOFTError
+from boft.schedulers import check_scheduler, make_scheduler
 
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-ancestral": "EulerAncestralDiscreteScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
 DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -51,15 +44,17 @@ def load_pipeline(
         device: where the pipeline goes; by default CUDA, else Apple's MPS, else the CPU.
         dtype: one dtype for every component, whatever the files hold; by default float16 on CUDA and float32 elsewhere.
             (Left to themselves, the libraries load float16 files as a float32 UNet beside a float16 text encoder.)
-        scheduler: a name of `SCHEDULERS`; None keeps the pipeline's own.
+        scheduler: a name of `boft.schedulers.SCHEDULERS`; None keeps the pipeline's own.
         revision, variant: as in `from_pretrained`.
 
     Raises:
-        BOFTError: nothing loadable under that name, an unknown scheduler or dtype, or an adapter that does not fit.
+        BOFTError: nothing loadable under that name, an unknown scheduler or dtype, a device that this machine lacks, or
+            an adapter that does not fit.
     """
-    device = torch.device(device or default_device())
+    device = _resolve_device(device)
     dtype = _resolve_dtype(dtype, device)
-    _check_scheduler(scheduler)
+    if scheduler is not None:
+        check_scheduler(scheduler)
     path = Path(base_model).expanduser()
     if path.is_dir():
         pipe = _from_directory(path, dtype, variant)
@@ -82,18 +77,6 @@ def default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def make_scheduler(name: str, like) -> diffusers.SchedulerMixin:
-    """The scheduler called `name`, with the noise schedule, prediction type and timestep spacing of `like`.
-
-    Raises:
-        BOFTError: `name` is not in `SCHEDULERS`.
-    """
-    _check_scheduler(name)
-    # Latents are not confined to [-1, 1]; the default of DDIM and DDPM, meant for pixels, would clip them.
-    unclipped = {"clip_sample": False} if name in ("ddim", "ddpm") else {}
-    return getattr(diffusers, SCHEDULERS[name]).from_config(like.config, **unclipped)
 
 
 def generate(
@@ -128,7 +111,7 @@ def generate(
         BOFTError: lengths that differ, no steps, an empty batch, or a size that the latents cannot express.
     """
     if isinstance(prompts, str) or len(prompts) != len(seeds):
-        raise BOFTError(f"generate needs one seed for each prompt in a list, not {len(seeds)} for {prompts!r}.")
+        raise BOFTError(f"generate needs one seed for each prompt in a list, not {len(seeds)} for {prompts!r}")
     _check_sizes(pipe, steps, batch_size, height, width)
     pairs = list(zip(prompts, seeds, strict=True))
     batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
@@ -155,13 +138,13 @@ def generate(
 
 def _check_sizes(pipe: DiffusionPipeline, steps: int, batch_size: int, height: int | None, width: int | None) -> None:
     if steps < 1:
-        raise BOFTError(f"steps must be 1 or more, not {steps}.")
+        raise BOFTError(f"steps must be 1 or more, not {steps}")
     if batch_size < 1:
-        raise BOFTError(f"batch_size must be 1 or more, not {batch_size}.")
+        raise BOFTError(f"batch_size must be 1 or more, not {batch_size}")
     multiple = max(8, pipe.vae_scale_factor)
     for name, value in (("height", height), ("width", width)):
         if value is not None and (value < multiple or value % multiple):
-            raise BOFTError(f"{name} must be a multiple of {multiple} pixels for this model, not {value}.")
+            raise BOFTError(f"{name} must be a multiple of {multiple} pixels for this model, not {value}")
 
 
 @contextmanager
@@ -189,25 +172,31 @@ def _silent(pipe: DiffusionPipeline) -> Iterator[None]:
         pipe.set_progress_bar_config(**setting)
 
 
+def _resolve_device(device: str | torch.device | None) -> torch.device:
+    try:
+        device = torch.device(device or default_device())
+    except RuntimeError:
+        raise BOFTError(f"unknown device {device!r}; known are cpu, cuda, cuda:0, …, mps") from None
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(device.type, True)
+    if not present or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise BOFTError(f"the device {device} is not available here; {default_device()} is")
+    return device
+
+
 def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if dtype is None:
         return torch.float16 if device.type == "cuda" else torch.float32
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
-        raise BOFTError(f"Unknown dtype {dtype!r}; known are {', '.join(DTYPES)}.")
+        raise BOFTError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-def _check_scheduler(name: str | None) -> None:
-    if name is not None and name not in SCHEDULERS:
-        raise BOFTError(f"Unknown scheduler {name!r}; known are {', '.join(SCHEDULERS)}.")
 
 
 def _from_directory(path: Path, dtype: torch.dtype, variant: str | None) -> DiffusionPipeline:
     if not (path / "model_index.json").is_file():
         hint = " (it is an adapter: give it as the adapter)" if (path / "adapter_config.json").is_file() else ""
-        raise BOFTError(f"The folder {path} has no model_index.json, so it is not a diffusers base model{hint}.")
+        raise BOFTError(f"the folder {path} has no model_index.json, so it is not a diffusers base model{hint}")
     with _loading(path):
         index = DiffusionPipeline.load_config(path)
         absent = {part: None for part in OPTIONAL_PARTS if part in index and not (path / part).is_dir()}
@@ -216,9 +205,7 @@ def _from_directory(path: Path, dtype: torch.dtype, variant: str | None) -> Diff
 
 def _from_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
     if path.suffix != ".safetensors":
-        raise BOFTError(
-            f"The base model {path} is not a .safetensors file; other single files (pickles) are not opened."
-        )
+        raise BOFTError(f"the base model {path} is not a .safetensors file; pickled checkpoints are not opened")
     with _loading(path):
         with safe_open(path, framework="pt") as file:
             is_sdxl = any(key.startswith("conditioner.embedders.1.") for key in file.keys())
@@ -228,12 +215,12 @@ def _from_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
 
 def _from_hub(name: str, dtype: torch.dtype, revision: str | None, variant: str | None) -> DiffusionPipeline:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise BOFTError(f"The base model {name} does not exist: there is no such folder or file.")
+        raise BOFTError(f"the base model {name} does not exist: there is no such folder or file")
     try:
         return AutoPipelineForText2Image.from_pretrained(name, dtype=dtype, revision=revision, variant=variant)
     except (OSError, ValueError) as error:
         raise BOFTError(
-            f"The base model {name} is no local folder or file, and fetching it failed: {_first_line(error)}"
+            f"the base model {name} is no local folder or file, and fetching it failed: {_first_line(error)}"
         ) from error
 
 
@@ -243,7 +230,7 @@ def _loading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise BOFTError(f"The base model {path} cannot be loaded: {_first_line(error)}") from error
+        raise BOFTError(f"the base model {path} cannot be loaded: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
