@@ -1,0 +1,216 @@
+"""What a training is put together from: accelerator, base model, adapters, caches, optimizer, schedule."""
+
+import importlib
+import importlib.util
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers.optimization import get_scheduler
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+import boft
+from boft.config import TrainingConfig, as_plain
+from boft.data import PictureSequence, Sequences
+from boft.errors import BOFTError
+from boft.latents import cache_latents, cache_prompts, encode_prompts
+from boft.pipeline import load_pipeline
+from boft.training import DenoisingObjective, Run
+
+
+def start(config: TrainingConfig) -> Accelerator:
+    """The accelerator, with logging and trackers set up as the settings say.
+
+    Raises BOFTError for a precision that the device lacks, or a tracker that is not installed.
+    """
+    trackers = {"all": ["tensorboard", "wandb"], "none": []}.get(config.report_to, [config.report_to])
+    for tracker in trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise BOFTError(f"--report_to {config.report_to} needs {tracker}: pip install {tracker}.")
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=trackers,
+            project_config=ProjectConfiguration(
+                config.output_dir, logging_dir=str(Path(config.output_dir, config.logging_dir))
+            ),
+            # The other processes wait while the main one draws class pictures, which can take hours.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+        )
+    except ValueError as error:
+        raise BOFTError(f"--mixed_precision {config.mixed_precision} cannot be used here: {error}") from None
+    level = logging.INFO if accelerator.is_main_process else logging.ERROR
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("boft").setLevel(level)
+    if accelerator.is_main_process:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    if config.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+    # Trackers take plain values only.
+    hyperparameters = {
+        key: value if isinstance(value, bool | int | float | str) else str(value)
+        for key, value in as_plain(config).items()
+    }
+    accelerator.init_trackers(config.tracker_project_name, hyperparameters)
+    return accelerator
+
+
+def load_base_model(config: TrainingConfig, accelerator: Accelerator) -> DiffusionPipeline:
+    """The base model, frozen, on the accelerator's device and in its precision; the VAE in float32, as halves overflow.
+
+    Raises BOFTError for a model that is not there or cannot be trained, a resolution that its VAE cannot take, or
+    xformers missing.
+    """
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    pipe = load_pipeline(
+        config.pretrained_model_name_or_path,
+        device=accelerator.device,
+        dtype=dtype,
+        revision=config.revision,
+        variant=config.variant,
+    )
+    for name in ("unet", "vae", "text_encoder"):
+        if getattr(pipe, name, None) is None:
+            model = config.pretrained_model_name_or_path
+            raise BOFTError(f"{model} has no {name}; a Stable Diffusion model would fit.")
+        getattr(pipe, name).requires_grad_(False)
+    pipe.vae.float()
+    multiple = max(8, pipe.vae_scale_factor)
+    if config.resolution % multiple:
+        raise BOFTError(f"--resolution {config.resolution} must be a multiple of {multiple} for this model.")
+    if config.enable_xformers_memory_efficient_attention:
+        try:
+            pipe.unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, ValueError) as error:
+            raise BOFTError(f"--enable_xformers_memory_efficient_attention cannot be used here: {error}") from None
+    return pipe
+
+
+def add_adapters(
+    pipe: DiffusionPipeline, config: TrainingConfig, checkpoint: Path | None = None
+) -> dict[str, nn.Module]:
+    """Inject new adapters, or a checkpoint's, into the UNet and, when asked, the text encoder; returns these by name.
+
+    Raises BOFTError for layers that do not fit, or a checkpoint made with other adapter settings.
+    """
+    modules = {"unet": pipe.unet}
+    if config.train_text_encoder:
+        modules["text_encoder"] = pipe.text_encoder
+    adapters = {name: adapter_settings(config, name) for name in modules}
+    if checkpoint is None:
+        for name, module in modules.items():
+            boft.add_adapter(module, adapters[name])
+    else:
+        saved = boft.load_adapter(modules, checkpoint, trainable=True)["config"]
+        if saved != {name: settings.to_dict() for name, settings in adapters.items()}:
+            raise BOFTError(f"{checkpoint} was made with other adapter settings: {saved}; resume with the same.")
+    for module in modules.values():
+        # Gradient checkpointing and multiplicative dropout act in training mode only.
+        module.train()
+    if config.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+        if config.train_text_encoder:
+            pipe.text_encoder.gradient_checkpointing_enable()
+    return modules
+
+
+def adapter_settings(config: TrainingConfig, component: str) -> boft.BOFTConfig:
+    """The settings as `boft.add_adapter` takes them; one target that is no plain name is a regular expression."""
+    targets = config.text_encoder_target_modules if component == "text_encoder" else config.boft_target_modules
+    is_pattern = len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0])
+    return boft.BOFTConfig(
+        m=config.boft_m,
+        r=16 if config.boft_r is None and config.boft_b is None else config.boft_r,
+        b=config.boft_b,
+        target_modules=targets[0] if is_pattern else targets,
+        p1=config.boft_p1,
+        p2=config.boft_p2,
+        scale=config.boft_scale,
+        bias=config.boft_bias,
+    )
+
+
+def prepare(
+    pipe: DiffusionPipeline,
+    modules: dict[str, nn.Module],
+    sequences: Sequence[PictureSequence],
+    config: TrainingConfig,
+    accelerator: Accelerator,
+) -> Run:
+    """A run at step 0 around adapters that are in place. What can be cached is, and its encoder leaves the device."""
+    if not any(sequence.random_crop for sequence in sequences):
+        for sequence in sequences:
+            cache_latents(pipe.vae, sequence, progress=accelerator.is_local_main_process)
+    if config.train_text_encoder:
+        encode = partial(encode_prompts, pipe)
+    else:
+        encode = cache_prompts(pipe, sorted({prompt for sequence in sequences for prompt in sequence.prompts}))
+    noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    objective = DenoisingObjective(modules, noise_scheduler, encode, config)
+    optimizer = make_optimizer(modules, config, accelerator.num_processes)
+    lr_scheduler = make_schedule(optimizer, config)
+    objective, optimizer = accelerator.prepare(objective, optimizer)
+    run = Run(config, accelerator, modules, pipe, Sequences(*sequences), objective, optimizer, lr_scheduler)
+    run.park_encoders()
+    return run
+
+
+def make_optimizer(modules: Mapping[str, nn.Module], config: TrainingConfig, processes: int = 1) -> Optimizer:
+    """AdamW, 8-bit AdamW or Prodigy over the adapters, each component at its own rate.
+
+    Raises BOFTError for an optimizer that is not installed.
+    """
+    factor = config.gradient_accumulation_steps * config.train_batch_size * processes if config.scale_lr else 1
+    rates = {"unet": config.learning_rate, "text_encoder": config.text_encoder_learning_rate or config.learning_rate}
+    groups = []
+    for name, module in modules.items():
+        parameters = boft.trainable_parameters(module)
+        rate = {"name": name, "lr": rates[name] * factor}
+        # Decay pulls a rotation towards the base model; an output scale, which starts at 1, it would only shrink.
+        skews = [parameter for parameter in parameters if parameter.ndim > 1]
+        vectors = [parameter for parameter in parameters if parameter.ndim == 1]
+        groups.append({"params": skews, **rate, "weight_decay": config.adam_weight_decay})
+        if vectors:
+            groups.append({"params": vectors, **rate, "weight_decay": 0.0})
+    options = {"lr": config.learning_rate * factor, "betas": (config.adam_beta1, config.adam_beta2)}
+    options |= {"eps": config.adam_epsilon}
+    if config.optimizer == "prodigy":
+        prodigy = _optional("prodigyopt", "--optimizer prodigy")
+        return prodigy.Prodigy(groups, **options, decouple=True, use_bias_correction=True, safeguard_warmup=True)
+    if config.use_8bit_adam:
+        return _optional("bitsandbytes", "--use_8bit_adam").optim.AdamW8bit(groups, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+def make_schedule(optimizer: Optimizer, config: TrainingConfig) -> LRScheduler:
+    """The schedule by diffusers' name, in optimizer steps. Raises BOFTError for step rules that do not parse."""
+    try:
+        return get_scheduler(
+            config.lr_scheduler,
+            optimizer,
+            step_rules=config.lr_step_rules,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
+        )
+    except (ValueError, IndexError) as error:
+        raise BOFTError(f"--lr_scheduler {config.lr_scheduler} cannot be set up: {error}.") from None
+
+
+def _optional(package: str, flag: str) -> ModuleType:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise BOFTError(f"{flag} needs {package}: pip install {package}.") from None

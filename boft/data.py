@@ -1,0 +1,258 @@
+"""Training pictures: a folder or Hub dataset → captioned pictures → an endless seeded sequence of views of them."""
+
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+
+from boft.config import DreamBoothConfig, TrainingConfig
+from boft.errors import BOFTError
+from boft.seeding import Stream, derive_seed, generator_at
+
+PICTURE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+METADATA = "metadata.jsonl"
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionedPicture:
+    """A picture that was opened once, and so is known to be whole; `size` is (width, height), upright."""
+
+    name: str
+    source: Path | Image.Image
+    prompt: str
+    size: tuple[int, int]
+
+    def open(self) -> Image.Image:
+        return read_picture(self.source)
+
+
+def read_subject(config: DreamBoothConfig) -> list[CaptionedPicture]:
+    """The subject's pictures with their prompts, from a local folder or a Hub dataset.
+
+    Raises BOFTError: no such folder, no pictures in it, a picture that is broken or has no prompt.
+    """
+    source = config.instance_data_dir
+    if Path(source).is_dir():
+        return read_folder(Path(source), config.instance_prompt)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith("."):
+        return _read_hub(config)
+    raise BOFTError(f"--instance_data_dir {source} is not a folder.")
+
+
+def read_folder(folder: Path, prompt: str | None) -> list[CaptionedPicture]:
+    """Every picture directly in `folder`, sorted by name, opened once to see that it is whole.
+
+    The prompt is the picture's line in `metadata.jsonl` ({"file_name": …, "text": …}), else the `.txt` file of the same
+    name, else `prompt`. Other files are skipped with one note.
+    """
+    if not folder.is_dir():
+        raise BOFTError(f"{folder} is not a folder.")
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    pictures = picture_files(folder)
+    if not pictures:
+        raise BOFTError(f"The folder {folder} has no pictures; {', '.join(PICTURE_TYPES)} files would fit.")
+    captions = _metadata_captions(folder)
+    used = {path.with_suffix(".txt") for path in pictures} | {folder / METADATA}
+    skipped = [path.name for path in files if path not in pictures and path not in used]
+    if skipped:
+        log.info("Skipped in %s, not pictures: %s", folder, ", ".join(skipped))
+    return [_captioned(str(path), path, captions.get(path.name) or _text_caption(path) or prompt) for path in pictures]
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The files directly in `folder` that look like pictures by their names, sorted; hidden ones do not count."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in PICTURE_TYPES and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def read_picture(source: Path | Image.Image) -> Image.Image:
+    """An RGB picture, upright by its EXIF rotation; transparent parts become white.
+
+    Raises BOFTError naming a file that cannot be decoded.
+    """
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            # Pillow clips 16-bit grey to 8 bits, which turns nearly everything white.
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    # Pillow's decoders raise these, depending on the format and on where the file breaks.
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise BOFTError(f"The picture {source} cannot be read: {error}.") from None
+
+
+def view(image: Image.Image, resolution: int, offset: float = 0.5, flip: bool = False) -> torch.Tensor:
+    """The largest square of a picture, resized: [3, resolution, resolution] float32 in −1 … 1.
+
+    `offset` in 0 … 1 moves the square along the longer side, 0.5 is the middle; `flip` mirrors left and right.
+    """
+    left, top = (round(offset * (side - min(image.size))) for side in image.size)
+    box = (left, top, left + min(image.size), top + min(image.size))
+    square = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    if flip:
+        square = ImageOps.mirror(square)
+    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)
+    return pixels.float() / 127.5 - 1
+
+
+class PictureSequence(Dataset):
+    """An endless sequence of views of some pictures; its n-th item is a pure function of (seed, stream, n).
+
+    Each pass over the pictures has an order of its own. With `latents` set (see `boft.latents.cache_latents`) an item
+    carries the posterior of its view instead of pixels.
+    """
+
+    def __init__(
+        self, pictures: Sequence[CaptionedPicture], config: TrainingConfig, stream: Stream, loss_weight: float = 1.0
+    ):
+        self.pictures = list(pictures)
+        self.seed, self.stream, self.loss_weight = config.seed, stream, loss_weight
+        self.resolution, self.random_flip = config.resolution, config.random_flip
+        self.random_crop = not config.center_crop and any(picture.size[0] != picture.size[1] for picture in pictures)
+        self.latents: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def flips(self) -> tuple[bool, ...]:
+        """The mirrored states that occur."""
+        return (False, True) if self.random_flip else (False,)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The distinct prompts, sorted."""
+        return sorted({picture.prompt for picture in self.pictures})
+
+    def __getitem__(self, n: int) -> dict[str, Any]:
+        """Item n: its noise's `seed`, `prompt`, `loss_weight`; `pixels` [3, R, R] or `latent_mean`, `latent_std` [C, h, w]."""
+        epoch, position = divmod(n, len(self.pictures))
+        order = torch.randperm(len(self.pictures), generator=generator_at(self.seed, Stream.ORDER, self.stream, epoch))
+        index = int(order[position])
+        seed = derive_seed(self.seed, self.stream, n)
+        flip_draw, offset = torch.rand(2, generator=torch.Generator().manual_seed(seed)).tolist()
+        flip = self.random_flip and flip_draw < 0.5
+        picture = self.pictures[index]
+        item = {"seed": derive_seed(seed), "prompt": picture.prompt, "loss_weight": self.loss_weight}
+        if self.latents is not None:
+            mean, std = self.latents
+            return item | {"latent_mean": mean[index, int(flip)], "latent_std": std[index, int(flip)]}
+        offset = offset if self.random_crop else 0.5
+        return item | {"pixels": view(picture.open(), self.resolution, offset, flip)}
+
+
+class Sequences(Dataset):
+    """Several sequences side by side: item n is the list of their n-th items."""
+
+    def __init__(self, *sequences: PictureSequence):
+        self.sequences = sequences
+
+    def __getitem__(self, n: int) -> list[dict[str, Any]]:
+        return [sequence[n] for sequence in self.sequences]
+
+
+def collate(rows: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """Items of n sample numbers and S sequences → one batch of B = S·n, the first sequence's items first.
+
+    Tensors are stacked; `seed` and `prompt` stay lists; `loss_weight` [B] is divided by n, so that the weighted sum of
+    the pictures' losses is the batch's loss: the mean over the subject plus the weighted mean over the class.
+    """
+    items = [item for column in zip(*rows, strict=True) for item in column]
+    batch: dict[str, Any] = {}
+    for key, value in items[0].items():
+        column = [item[key] for item in items]
+        batch[key] = torch.stack(column) if isinstance(value, torch.Tensor) else column
+    batch["loss_weight"] = torch.tensor(batch["loss_weight"]) / len(rows)
+    return batch
+
+
+def sample_numbers(
+    batch_size: int, *, first_batch: int, last_batch: int, rank: int = 0, world: int = 1
+) -> Iterator[list[int]]:
+    """The sample numbers of each batch of one process, from `first_batch` up to but not including `last_batch`.
+
+    The processes take turns, so that `world` batches side by side hold what one batch of world·batch_size would.
+    """
+    for batch in range(first_batch, last_batch):
+        start = (batch * world + rank) * batch_size
+        yield list(range(start, start + batch_size))
+
+
+def _captioned(name: str, source: Path | Image.Image, prompt: str | None) -> CaptionedPicture:
+    if not prompt:
+        raise BOFTError(f"The picture {name} has no prompt: give --instance_prompt, or a caption beside the picture.")
+    return CaptionedPicture(name, source, prompt, read_picture(source).size)
+
+
+def _text_caption(picture: Path) -> str | None:
+    file = picture.with_suffix(".txt")
+    if not file.is_file():
+        return None
+    try:
+        return " ".join(file.read_text(encoding="utf-8").split()) or None
+    except UnicodeDecodeError as error:
+        raise BOFTError(f"The caption {file} is not UTF-8 text: {error}.") from None
+
+
+def _metadata_captions(folder: Path) -> dict[str, str]:
+    """File name → text, from the folder's `metadata.jsonl` if it has one."""
+    file = folder / METADATA
+    if not file.is_file():
+        return {}
+    captions = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            name, text = entry["file_name"], entry["text"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise BOFTError(f'{file} line {number} must look like {{"file_name": …, "text": …}}.') from None
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise BOFTError(f"{file} line {number}: file_name and text must be text.")
+        if not (folder / name).is_file():
+            raise BOFTError(f"{file} line {number} names {name}, which is not in the folder.")
+        captions[name] = text.strip()
+    return captions
+
+
+def _read_hub(config: DreamBoothConfig) -> list[CaptionedPicture]:
+    source = config.instance_data_dir
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise BOFTError(
+            f"--instance_data_dir {source} is not a folder, and a Hub dataset needs: pip install datasets."
+        ) from None
+    try:
+        rows = load_dataset(source, config.dataset_config_name, split="train")
+    except Exception as error:  # whatever the Hub client raises: network, permission, no such dataset or configuration
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BOFTError(
+            f"--instance_data_dir {source} is neither a folder nor a Hub dataset that could be fetched: {reason}"
+        ) from error
+    for column in filter(None, (config.image_column, config.caption_column)):
+        if column not in rows.column_names:
+            raise BOFTError(f"{source} has no column {column!r}; its columns are {', '.join(rows.column_names)}.")
+    return [
+        _captioned(
+            f"{source} row {number}",
+            row[config.image_column],
+            row[config.caption_column] if config.caption_column else config.instance_prompt,
+        )
+        for number, row in enumerate(rows)
+    ]
