@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     seeds = range(arguments.seed, arguments.seed + arguments.num_images)
     _check(arguments, picture_count=len(prompts) * len(seeds))
     base_model = choose_base_model(arguments.base_model, arguments.adapter)
+    _prepare(arguments.output)
 
     from boft.pipeline import generate, load_pipeline
 
@@ -90,11 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         progress=True,
     )
-    settings = _settings(arguments, base_model)
-    try:
-        _save(pictures, pairs, settings, arguments.output)
-    except OSError as error:
-        raise BOFTError(f"--output {arguments.output} cannot be written: {error.strerror or error}") from error
+    _save(pictures, pairs, _settings(arguments, base_model), arguments.output)
 
 
 def parse_factors(text: str) -> int | float | list[int]:
@@ -171,6 +168,15 @@ def _check(arguments: argparse.Namespace, picture_count: int) -> None:
         raise BOFTError(f"--output {arguments.output} is a file; give a folder, or a name that ends in .png")
 
 
+def _prepare(output: Path) -> None:
+    """The folder for the pictures, made before the work begins, so that a bad place is known at once."""
+    folder = output.parent if is_png(output) else output
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BOFTError(f"--output {output} cannot be written: {error.strerror or error}") from error
+
+
 def is_png(path: Path) -> bool:
     return path.suffix.lower() == ".png"
 
@@ -199,8 +205,6 @@ def _save(
 ) -> None:
     from PIL.PngImagePlugin import PngInfo
 
-    folder = output.parent if is_png(output) else output
-    folder.mkdir(parents=True, exist_ok=True)
     for number, (picture, (prompt, seed)) in enumerate(zip(pictures, pairs, strict=True)):
         facts = PngInfo()
         text = json.dumps({"prompt": prompt, "seed": seed} | settings, ensure_ascii=False)
