@@ -87,7 +87,8 @@ def save_adapter(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _written_whole(directory / WEIGHTS_NAME) as path:
-            save_file(tensors, path, metadata={"format": "pt", METADATA_KEY: text})
+            # One entry only: safetensors writes several in a random order, and equal adapters shall be equal files.
+            save_file(tensors, path, metadata={METADATA_KEY: text})
         with _written_whole(directory / CONFIG_NAME) as path:
             path.write_text(text + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:

@@ -111,21 +111,21 @@ def remove_adapter(model: nn.Module, name: str = "default") -> None:
 def detach(model: nn.Module, name: str) -> None:
     """Take one adapter out of every layer, and the BOFT layers left without any out of the model."""
     for layer in boft_layers(model).values():
+        layer.active = tuple(other for other in layer.active if other != name)
         if name in layer.adapters:
-            layer.active = tuple(other for other in layer.active if other != name)
             del layer.adapters[name]
             layer.drop_cache()
     _replace(model, {layer: layer.base_layer for layer in boft_layers(model).values() if not layer.adapters})
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The names of the model's adapters, in the order in which they were added."""
-    return list(dict.fromkeys(name for layer in boft_layers(model).values() for name in layer.adapters))
+    """The names of the model's adapters, sorted."""
+    return sorted({name for layer in boft_layers(model).values() for name in layer.adapters})
 
 
 def active_adapters(model: nn.Module) -> list[str]:
-    """The names of the adapters that apply, in their order."""
-    return list(dict.fromkeys(name for layer in boft_layers(model).values() for name in layer.active))
+    """The names of the adapters that apply, in their order: the first one nearest to the base weight."""
+    return list(next((layer.active for layer in boft_layers(model).values()), ()))
 
 
 def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
@@ -138,7 +138,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
         _require_adapter(model, name)
     require_unmerged(model, "selecting adapters")
     for layer in boft_layers(model).values():
-        layer.active = tuple(name for name in names if name in layer.adapters)
+        layer.active = names
         layer.drop_cache()
 
 
@@ -235,14 +235,13 @@ def butterfly_matrix(module: nn.Module, name: str | None = None) -> Tensor:
     layer = module if isinstance(module, BOFTLayer) else module.__dict__.get(_MERGED)
     if layer is None:
         raise BOFTError(f"butterfly_matrix takes one adapted layer, not a {type(module).__name__}")
-    names = layer.active if name is None else (name,)
-    for wanted in names:
-        if wanted not in layer.adapters:
-            raise BOFTError(f"the layer has no adapter '{wanted}'; it has: {', '.join(layer.adapters)}")
+    if name is not None and name not in layer.adapters:
+        raise BOFTError(f"the layer has no adapter '{name}'; it has: {', '.join(layer.adapters)}")
+    adapters = layer.active_adapters() if name is None else [layer.adapters[name]]
     weight = layer.base_layer.weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
     matrix = torch.eye(weight[0].numel(), dtype=dtype, device=weight.device)
-    for adapter in (layer.adapters[wanted] for wanted in names):
+    for adapter in adapters:
         matrix = adapter.rotated(matrix)
     return matrix
 
@@ -275,13 +274,9 @@ def selected_adapters(model: nn.Module, name: str | None = None) -> list[Butterf
         _require_adapter(model, name)
     elif not active_adapters(model):
         raise BOFTError(f"no adapter is active; the model has: {', '.join(adapter_names(model))}")
+    names = active_adapters(model) if name is None else [name]
     layers = boft_layers(model).values()
-    return [
-        layer.adapters[wanted]
-        for layer in layers
-        for wanted in (layer.active if name is None else (name,))
-        if wanted in layer.adapters
-    ]
+    return [layer.adapters[wanted] for layer in layers for wanted in names if wanted in layer.adapters]
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -329,9 +324,10 @@ def _no_target(model: nn.Module, wanted: str | Sequence[str], modules: Mapping[s
         if isinstance(base_of(module), nn.Linear | nn.Conv2d):
             endings[name if name.rsplit(".", 1)[-1].isdigit() else name.rsplit(".", 1)[-1]] = None
     there = ", ".join(list(endings)[:12]) or "none"
+    shown = wanted if isinstance(wanted, str) else list(wanted)
     rule = "as a regular expression for the whole name " if isinstance(wanted, str) and wanted != ALL_LINEAR else ""
     return BOFTError(
-        f"target_modules {wanted!r} {rule}matches no module of {type(model).__name__}; "
+        f"target_modules {shown!r} {rule}matches no module of {type(model).__name__}; "
         f"its Linear and Conv2d layers end in: {there}"
     )
 

@@ -78,7 +78,10 @@ class ButterflyAdapter(nn.Module):
 
     def rotated(self, columns: Tensor, dropout: bool = False) -> Tensor:
         """R X for X = columns [d, n], in the dtype of columns (float32 or float64)."""
-        return rotate(columns, self.blocks(columns.dtype, dropout), self.levels) if self.levels else columns
+        if not self.levels:
+            return columns
+        with full_precision(columns.device):
+            return rotate(columns, self.blocks(columns.dtype, dropout), self.levels)
 
     def output_scale(self) -> Tensor | None:
         """s [n] as applied, None where it is one everywhere."""
@@ -106,6 +109,8 @@ class ButterflyAdapter(nn.Module):
 
 class BOFTLayer(nn.Module):
     """A base layer with named adapters; those in `active` apply, the first one nearest to the base weight.
+
+    `active` is the whole model's selection, so it may name adapters that this layer does not have.
 
     With active adapters 1 … k: W' = diag(s_k ⋯ s_1) · W · R_1ᵀ ⋯ R_kᵀ, and their biases add up. Where nothing is active
     the base layer itself runs, so its outputs are the base model's bit for bit.
@@ -140,10 +145,13 @@ class BOFTLayer(nn.Module):
         """Whether the base layer holds the adapted weight."""
         return self._kept is not None
 
+    def active_adapters(self) -> list[ButterflyAdapter]:
+        """The layer's adapters that are selected, in the order in which they apply."""
+        return [self.adapters[name] for name in self.active if name in self.adapters]
+
     def effective_adapters(self) -> list[ButterflyAdapter]:
-        """The active adapters that change anything, in the order in which they apply."""
-        adapters = [self.adapters[name] for name in self.active]
-        return [adapter for adapter in adapters if not adapter.neutral]
+        """Those of the active adapters that change anything at their strengths."""
+        return [adapter for adapter in self.active_adapters() if not adapter.neutral]
 
     def adapted_parameters(self, dropout: bool = False) -> tuple[Tensor, Tensor | None]:
         """(W', bias') in the base layer's dtype and shapes: one differentiable function of base weight and adapters."""
@@ -152,15 +160,14 @@ class BOFTLayer(nn.Module):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         for adapter in adapters:
             dtype = torch.promote_types(dtype, adapter.skew.dtype)
-        with full_precision(weight.device):
-            columns = weight.flatten(1).t().to(dtype)  # [d, n]
-            adapted_bias = None if bias is None else bias.to(dtype)
-            for adapter in adapters:
-                columns = adapter.rotated(columns, dropout)
-                if (scale := adapter.output_scale()) is not None:
-                    columns = columns * scale.to(dtype)
-                if (added := adapter.output_bias()) is not None:
-                    adapted_bias = added.to(dtype) if adapted_bias is None else adapted_bias + added
+        columns = weight.flatten(1).t().to(dtype)  # [d, n]
+        adapted_bias = None if bias is None else bias.to(dtype)
+        for adapter in adapters:
+            columns = adapter.rotated(columns, dropout)
+            if (scale := adapter.output_scale()) is not None:
+                columns = columns * scale.to(dtype)
+            if (added := adapter.output_bias()) is not None:
+                adapted_bias = added.to(dtype) if adapted_bias is None else adapted_bias + added
         # Laid out like the base weight, so that the same kernel runs: an untrained adapter is exactly the base layer.
         adapted = columns.t().to(weight.dtype).contiguous().reshape(weight.shape)
         return adapted, None if adapted_bias is None else adapted_bias.to(weight.dtype)
@@ -213,7 +220,7 @@ class BOFTLayer(nn.Module):
 
     def _sources(self) -> list[Tensor]:
         base = [p for p in (self.base_layer.weight, self.base_layer.bias) if p is not None]
-        return base + [p for name in self.active for p in self.adapters[name].parameters()]
+        return base + [p for adapter in self.active_adapters() for p in adapter.parameters()]
 
     def _constant(self) -> bool:
         if self.training or torch.compiler.is_compiling():
