@@ -49,7 +49,7 @@ def feature_mask(segmentation: np.ndarray) -> torch.Tensor:
 
 
 def psnr(vae: AutoencoderKL, images: np.ndarray, batch: int = 16) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB of each picture's reconstruction from the posterior mean, in 8 bits a channel."""
+    """Peak signal-to-noise ratio in dB of each picture's reconstruction from the posterior mean, in 8 bits."""
     device, values = vae.device, []
     for start in range(0, len(images), batch):
         original = images[start : start + batch]

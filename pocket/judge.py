@@ -42,8 +42,9 @@ class JudgeNet(nn.Module):
         self.stem = nn.Sequential(_block(3, 16, 2), _block(16, 32, 2), _block(32, 32, 1))
         self.middle = nn.Sequential(_block(32, 64, 2), _block(64, 64, 1))
         self.deep = nn.Sequential(_block(64, 128, 2), _block(128, 128, 1), _block(128, 192, 2), _block(192, 192, 1))
-        self.merge = nn.Sequential(_block(32 + 64 + 192, 64, 1), _block(64, 64, 1))
-        self.heatmaps = nn.Conv2d(64, landmark_count, 1)
+        self.narrow = nn.ModuleList([nn.Conv2d(64, 32, 1), nn.Conv2d(192, 32, 1)])
+        self.merge = _block(3 * 32, 48, 1)
+        self.heatmaps = nn.Conv2d(48, landmark_count, 1)
         # The deep map keeps its 4×4 layout: a hat is at the top, the scene at the sides.
         self.features = nn.Sequential(nn.Flatten(), nn.Linear(192 * 16, 192), nn.SiLU(inplace=True))
         self.classify = nn.Linear(192, sum(len(values) for values in heads.values()))
@@ -55,7 +56,8 @@ class JudgeNet(nn.Module):
         features = self.features(deep)
         sizes = [len(values) for values in self.heads.values()]
         logits = dict(zip(self.heads, self.classify(features).split(sizes, dim=1), strict=True))
-        wide = [F.interpolate(level, size=HEATMAP, mode="bilinear") for level in (middle, deep)]
+        coarse = [narrow(level) for narrow, level in zip(self.narrow, (middle, deep), strict=True)]
+        wide = [F.interpolate(level, size=HEATMAP, mode="bilinear") for level in coarse]
         heat = self.heatmaps(self.merge(torch.cat([fine, *wide], dim=1))).flatten(2).softmax(-1)
         cell = world.SIZE / HEATMAP
         centres = (torch.arange(HEATMAP, device=pixels.device) + 0.5) * cell
@@ -191,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("runs/pocket"), help="folder with the renderings")
     parser.add_argument("--output", type=Path, default=DEFAULT_PATH)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=32)
     arguments = parser.parse_args()
     judge = train(dataset.load(arguments.data / "train"), arguments.steps, arguments.batch)
