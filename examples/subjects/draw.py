@@ -5,6 +5,7 @@ its belly, and a two-handled vase with a heart. They are made of few, large, fla
 express them.
 """
 
+import json
 import math
 import random
 from collections.abc import Callable
@@ -128,14 +129,19 @@ def draw_meadow(pen: Pen) -> None:
     pen.ellipse(0.15, 1.05, 0.9, 0.42, "#69b54a")
 
 
-BACKGROUNDS: tuple[Callable[[Pen], None], ...] = (
-    plain("#f7e3a1", "#efd27c"),
-    draw_room,
-    draw_meadow,
-    plain("#d9d4dd", "#c3bcc9"),
-    plain("#a9cdea", "#8fb8da"),
-)
-SUBJECTS: dict[str, Callable[[Pen], None]] = {"monster": draw_monster, "vase": draw_vase}
+# How a caption calls a background, and what draws it.
+BACKGROUNDS: dict[str, Callable[[Pen], None]] = {
+    "on a plain white background": plain("#f5f3ef", "#dedad2"),
+    "in a room": draw_room,
+    "on the grass": draw_meadow,
+    "on a plain grey background": plain("#b9bbbf", "#a2a4a9"),
+    "on a plain blue background": plain("#83b5e6", "#69a0d8"),
+}
+# Name of the folder: what the captions call the subject, and what draws it.
+SUBJECTS: dict[str, tuple[str, Callable[[Pen], None]]] = {
+    "monster": ("a sks toy", draw_monster),
+    "vase": ("a sks vase", draw_vase),
+}
 
 
 def photograph(subject: Callable[[Pen], None], background: Callable[[Pen], None], rng: random.Random) -> Image.Image:
@@ -156,18 +162,22 @@ def photograph(subject: Callable[[Pen], None], background: Callable[[Pen], None]
     return scene.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
-def draw_subject(name: str, seed: int = 0) -> list[Image.Image]:
-    """The five pictures of a subject, one on each background. Raises KeyError for a name not in SUBJECTS."""
+def draw_subject(name: str, seed: int = 0) -> dict[str, Image.Image]:
+    """The pictures of one of `SUBJECTS` by their captions, one on each background."""
     rng = random.Random(f"{name} {seed}")
-    return [photograph(SUBJECTS[name], background, rng) for background in BACKGROUNDS]
+    prompt, subject = SUBJECTS[name]
+    return {f"{prompt} {place}": photograph(subject, background, rng) for place, background in BACKGROUNDS.items()}
 
 
 def main() -> None:
     for name in SUBJECTS:
         folder = Path(__file__).parent / name
         folder.mkdir(exist_ok=True)
-        for number, picture in enumerate(draw_subject(name), start=1):
+        captions = []
+        for number, (caption, picture) in enumerate(draw_subject(name).items(), start=1):
             picture.save(folder / f"{number}.png", optimize=True)
+            captions.append(json.dumps({"file_name": f"{number}.png", "text": caption}) + "\n")
+        (folder / "metadata.jsonl").write_text("".join(captions), encoding="utf-8")
 
 
 if __name__ == "__main__":
