@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pocket import objects, portrait, scenes
-from pocket.pen import Canvas
+from pocket import objects, pen, portrait, scenes
 
 SIZE = 128  # pixels a side of a picture
 
@@ -33,6 +32,7 @@ EXPRESSIONS = ("smiling", "neutral", "frowning", "open mouth")
 EYEWEAR = ("none", "glasses", "sunglasses")
 HATS = ("none", *portrait.HAT_COLORS)
 
+SEGMENTS = pen.SEGMENTS  # class names of the segmentation map
 LANDMARKS = portrait.LANDMARKS  # group → (start, stop) in the landmark array
 OBJECT_SHARE = 0.3  # of pictures
 
@@ -128,7 +128,7 @@ def sample(seed: int, kind: str | None = None) -> Rendering:
 
 def render(attributes: Attributes, size: int = SIZE) -> Rendering:
     """Draw a picture at four times its size and reduce it."""
-    canvas = Canvas(size, SIZE)
+    canvas = pen.Canvas(size, SIZE)
     rng = random.Random(attributes.variation)
     scenes.draw(canvas, attributes.scene, rng)
     if attributes.kind == "portrait":

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from pocket import world
-from pocket.pen import SEGMENTS
 
 
 def group(rendering: world.Rendering, name: str) -> np.ndarray:
@@ -19,7 +18,7 @@ def group(rendering: world.Rendering, name: str) -> np.ndarray:
 def segment_near(rendering: world.Rendering, point: np.ndarray, radius: int) -> set[str]:
     x, y = np.round(point).astype(int)
     window = rendering.segmentation[max(y - radius, 0) : y + radius + 1, max(x - radius, 0) : x + radius + 1]
-    return {SEGMENTS[i] for i in np.unique(window)}
+    return {world.SEGMENTS[i] for i in np.unique(window)}
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +126,7 @@ def test_objects_have_no_landmarks_and_stand_in_the_picture():
     for seed in range(40):
         rendering = world.sample(seed, "object")
         assert rendering.landmarks.shape == (0, 2)
-        share = (rendering.segmentation == SEGMENTS.index("object")).mean()
+        share = (rendering.segmentation == world.SEGMENTS.index("object")).mean()
         assert 0.08 < share < 0.6, rendering.attributes
 
 
