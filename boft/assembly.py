@@ -41,15 +41,17 @@ def start(config: TrainingConfig) -> Accelerator:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
-            log_with=trackers,
+            log_with=trackers or None,
             project_config=ProjectConfiguration(
                 config.output_dir, logging_dir=str(Path(config.output_dir, config.logging_dir))
             ),
             # The other processes wait while the main one draws class pictures, which can take hours.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
         )
-    except ValueError as error:
+    except ValueError as error:  # a precision that the device lacks
         raise BOFTError(f"--mixed_precision {config.mixed_precision} cannot be used here: {error}") from None
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise BOFTError("--mixed_precision fp16 needs a GPU; on the CPU, bf16 or no would fit.")
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("boft").setLevel(level)

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -33,13 +32,7 @@ def save_checkpoint(run: Run) -> Path:
         unfinished = run.output_dir / f".checkpoint-{run.step}.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         write_adapter(run, unfinished)
-        state = {
-            "step": run.step,
-            "optimizer": run.optimizer.state_dict(),
-            "lr_scheduler": run.lr_scheduler.state_dict(),
-        }
-        if run.accelerator.scaler is not None:
-            state["scaler"] = run.accelerator.scaler.state_dict()
+        state = {name: part.state_dict() for name, part in _stateful(run).items()} | {"step": run.step}
         torch.save(state, unfinished / OPTIMIZER_FILE)
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(unfinished, directory)
@@ -97,8 +90,7 @@ def restore(run: Run, checkpoint: Path) -> None:
         for name, part in _stateful(run).items():
             part.load_state_dict(state[name])
         run.step = state["step"]
-    # torch.load and load_state_dict raise these for a broken file and for a state that does not fit.
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, UnpicklingError) as error:
+    except Exception as error:  # what a broken file or a state that does not fit makes torch raise is of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BOFTError(f"{file} cannot be resumed from: {reason}") from error
     log.info("Resumed %s at step %d.", checkpoint, run.step)

@@ -105,7 +105,8 @@ def view(image: Image.Image, resolution: int, offset: float = 0.5, flip: bool = 
     """
     left, top = (round(offset * (side - min(image.size))) for side in image.size)
     box = (left, top, left + min(image.size), top + min(image.size))
-    square = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    # Cropped first: resizing with a box would mix in pixels from outside it.
+    square = image.crop(box).resize((resolution, resolution), Image.Resampling.LANCZOS)
     if flip:
         square = ImageOps.mirror(square)
     pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)
@@ -139,7 +140,7 @@ class PictureSequence(Dataset):
         return sorted({picture.prompt for picture in self.pictures})
 
     def __getitem__(self, n: int) -> dict[str, Any]:
-        """Item n: its noise's `seed`, `prompt`, `loss_weight`; `pixels` [3, R, R] or `latent_mean`, `latent_std` [C, h, w]."""
+        """Item n: `seed` of its noise, `prompt`, `loss_weight`; `pixels` [3, R, R] or `latent_mean`, `latent_std`."""
         epoch, position = divmod(n, len(self.pictures))
         order = torch.randperm(len(self.pictures), generator=generator_at(self.seed, Stream.ORDER, self.stream, epoch))
         index = int(order[position])

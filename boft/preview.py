@@ -29,11 +29,14 @@ def draw_previews(run: Run) -> None:
     """Each validation prompt at the same seeds: a PNG grid in `previews/`, a tag for each prompt in the trackers."""
     if run.accelerator.is_main_process:
         config = run.config
-        rows = draw_prompts(run, config.validation_prompts, config.num_validation_images)
+        drawn = draw_prompts(run, config.validation_prompts, config.num_validation_images)
         folder = run.output_dir / PREVIEWS
         folder.mkdir(parents=True, exist_ok=True)
-        picture_grid(list(rows.items())).save(folder / f"step-{run.step:06d}.png")
-        for prompt, pictures in rows.items():
+        rows = list(drawn.items())
+        if config.num_validation_images == 1:
+            rows = [("", [picture for (picture,) in drawn.values()], list(drawn))]
+        picture_grid(rows).save(folder / f"step-{run.step:06d}.png")
+        for prompt, pictures in drawn.items():
             _track(run, f"preview/{prompt}", pictures)
     run.accelerator.wait_for_everyone()
 
