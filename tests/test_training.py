@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
@@ -51,6 +51,16 @@ SIX_STEPS = {
     "with_prior_preservation": True,
     "num_class_images": 3,
     "prior_loss_weight": 0.7,
+}
+
+
+PRESET_SHAPES = {
+    "dreambooth_sd15.yaml": {"cross_attention_dim": 768, "attention_head_dim": 8},
+    "dreambooth_sd21.yaml": {
+        "cross_attention_dim": 1024,
+        "attention_head_dim": [5, 10, 20, 20],
+        "use_linear_projection": True,
+    },
 }
 
 
@@ -221,6 +231,23 @@ def test_the_step_is_the_loss_of_its_definition(make_config):
         error = (velocity - (signal_rate * noise - noise_rate * latent)) ** 2
         expected += batch["loss_weight"][row] * error.mean()
     torch.testing.assert_close(objective(batch), expected, rtol=1e-4, atol=1e-5)
+
+
+# The presets
+
+
+@pytest.mark.parametrize(("preset", "shape"), PRESET_SHAPES.items())
+def test_the_presets_for_big_models_fit_their_layers(preset, shape):
+    """On the meta device, which needs no weights; for SD 2.1 it is the 12.93M of the paper's Table 6."""
+    arguments = ["--config", str(Path(__file__).parents[1] / "configs" / preset)]
+    config = read_settings(DreamBoothConfig, arguments)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, block_out_channels=(320, 640, 1280, 1280), **shape)
+    boft.add_adapter(unet, assembly.adapter_settings(config, "unet"))
+    parameters = boft.trainable_parameters(unet)
+    assert len(parameters) == 96 * 3  # skews, output scale and bias of 96 layers
+    if "sd21" in preset:
+        assert f"{sum(parameter.numel() for parameter in parameters) / 1e6:.2f}" == "12.93"
 
 
 # Caches
