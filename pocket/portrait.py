@@ -27,6 +27,9 @@ CLOTHES = ((214, 70, 70), (62, 112, 200), (70, 158, 96), (238, 178, 60), (132, 8
 EYES = ((86, 54, 34), (60, 112, 178), (66, 132, 84))
 WHITE, INK, DARK_MOUTH, TONGUE = (255, 255, 255), (42, 34, 40), (104, 24, 34), (226, 92, 98)
 
+# Far enough from the skin for an expression to show on every face.
+MEN_LIPS = {"light": (176, 72, 68), "tan": (158, 56, 52), "brown": (92, 30, 36), "dark": (226, 128, 122)}
+
 _GROUPS = {
     "jaw": 13, "left_brow": 3, "right_brow": 3, "nose": 4, "left_eye": 4, "right_eye": 4, "mouth": 8, "inner_mouth": 4,
 }  # fmt: skip
@@ -88,6 +91,9 @@ def draw(canvas: Canvas, attributes, rng: random.Random) -> np.ndarray:
         _beard(head, a.gender, hair)
     _nose(head, skin)
     mouth, inner = _mouth(head, a, skin)
+    if a.eyewear == "glasses":
+        for side in (-1, 1):
+            head.ellipse(side * 11.8, -4.5, 10, 9.4, mix(skin, (236, 246, 252), 0.5), "eyewear")
     left, right = (_eye(head, a, side, eyes) for side in (-1, 1))
     if a.hair_length != "bald":
         _hair(head, a.hair_length, a.gender, hair)
@@ -175,9 +181,9 @@ def _nose(pen: Pen, skin: Color) -> None:
 def _mouth(pen: Pen, attributes, skin: Color) -> tuple[list, list]:
     """The mouth; its outer contour clockwise from the left corner (8) and inner one (left, top, right, bottom)."""
     woman, bearded = attributes.gender == "woman", attributes.beard == "beard"
-    lips = (208, 44, 72) if woman else mix(skin, (150, 50, 50), 0.6)
-    if bearded:
-        lips = mix(lips, (236, 130, 120), 0.5)
+    lips = (208, 44, 72) if woman else MEN_LIPS[attributes.skin]
+    if bearded and attributes.hair_color in ("black", "brown"):
+        lips = (232, 132, 126)  # a dark beard would hide dark lips
     y = 19
     if attributes.expression == "smiling":
         outer = [
@@ -206,7 +212,7 @@ def _mouth(pen: Pen, attributes, skin: Color) -> tuple[list, list]:
         inner = [(-10, y + 4.6), (0, y + 0.2), (10, y + 4.6), (0, y + 0.6)]
         pen.stroke(
             smooth([(-11.5, y + 6), (-6.5, y + 1.8), (0, y + 0.3), (6.5, y + 1.8), (11.5, y + 6)]),
-            5.2 if woman else 4.6,
+            5.2,
             lips,
             "mouth",
         )
@@ -219,7 +225,7 @@ def _mouth(pen: Pen, attributes, skin: Color) -> tuple[list, list]:
         pen.ellipse(0, y + 2, 6.8, 7.6, DARK_MOUTH, "mouth")
         pen.ellipse(0, y + 6.5, 4.8, 3.2, TONGUE, "mouth")
         return outer, inner
-    half, thick = (10, 2.9) if woman else (11, 2.2)
+    half, thick = (10, 2.9) if woman else (11, 2.9)
     outer = [
         (-half - 1.5, y + 1),
         (-half / 2, y - thick + 1),
@@ -269,7 +275,7 @@ def _brow(pen: Pen, attributes, side: int, hair: Color) -> list:
 
 
 def _eyewear(pen: Pen, kind: str, rng: random.Random) -> None:
-    frame = rng.choice(((36, 34, 40), (92, 48, 30), (176, 34, 44)))
+    frame = rng.choice(((36, 34, 40), (40, 76, 168), (184, 32, 44)))
     if kind == "glasses":
         for side in (-1, 1):
             pen.stroke(ellipse(side * 11.8, -4.5, 10, 9.4)[:-1], 2.8, frame, "eyewear", closed=True)
