@@ -42,12 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         restore(run, checkpoint)
 
     # Step, save, preview.
-    if not train(run, after_step):
+    finished = train(run, after_step)
+    if finished:
+        finish(run, subject)
+    else:
         save_checkpoint(run)
         log.info("Stopped at step %d. To go on: the same command with --resume_from_checkpoint latest", run.step)
-        return 130
-    finish(run, subject)
-    return 0
+    accelerator.end_training()
+    return 0 if finished else 130
 
 
 def after_step(run: Run) -> None:
@@ -69,7 +71,6 @@ def finish(run: Run, subject: list[CaptionedPicture]) -> None:
             write_model_card(run, [BEFORE_AFTER])
             log.info("Uploaded to %s.", push_to_hub(run))
     run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
 
 
 if __name__ == "__main__":

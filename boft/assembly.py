@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.optim import Optimizer
@@ -82,21 +82,28 @@ def load_base_model(config: TrainingConfig, accelerator: Accelerator) -> Diffusi
         revision=config.revision,
         variant=config.variant,
     )
-    for name in ("unet", "vae", "text_encoder"):
-        if getattr(pipe, name, None) is None:
-            model = config.pretrained_model_name_or_path
-            raise BOFTError(f"{model} has no {name}; a Stable Diffusion model would fit.")
-        getattr(pipe, name).requires_grad_(False)
+    _check_base_model(pipe, config)
+    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+        module.requires_grad_(False)
     pipe.vae.float()
-    multiple = max(8, pipe.vae_scale_factor)
-    if config.resolution % multiple:
-        raise BOFTError(f"--resolution {config.resolution} must be a multiple of {multiple} for this model.")
     if config.enable_xformers_memory_efficient_attention:
         try:
             pipe.unet.enable_xformers_memory_efficient_attention()
         except (ImportError, ValueError) as error:
             raise BOFTError(f"--enable_xformers_memory_efficient_attention cannot be used here: {error}") from None
     return pipe
+
+
+def _check_base_model(pipe: DiffusionPipeline, config: TrainingConfig) -> None:
+    model = config.pretrained_model_name_or_path
+    if not isinstance(pipe, StableDiffusionPipeline):
+        raise BOFTError(f"{model} is a {type(pipe).__name__}; a StableDiffusionPipeline (1.x or 2.x) can be trained.")
+    taken, made = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if taken != made:
+        raise BOFTError(f"{model} is no text-to-image model: its UNet takes {taken} channels, its latents have {made}.")
+    multiple = max(8, pipe.vae_scale_factor)
+    if config.resolution % multiple:
+        raise BOFTError(f"--resolution {config.resolution} must be a multiple of {multiple} for this model.")
 
 
 def add_adapters(

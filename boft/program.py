@@ -1,8 +1,10 @@
 """How a command-line program ends: in one sentence for a mistake, in good order for Ctrl-C."""
 
+import math
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -23,7 +25,10 @@ def run_program(main: Callable[[], int | None]) -> int:
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event set by the first Ctrl-C or SIGTERM; the second one acts as usual."""
+    """An event set by Ctrl-C or SIGTERM; Ctrl-C again, a second or more later, interrupts at once.
+
+    Launchers pass on a Ctrl-C that reached the process already: what follows within the second is the same one.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -31,17 +36,19 @@ def stop_signals() -> Iterator[threading.Event]:
     numbers = (signal.SIGINT, signal.SIGTERM)
     usual = {number: signal.getsignal(number) for number in numbers}
 
-    def restore() -> None:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
+    first = math.inf
 
     def request(number: int, frame: object) -> None:
+        nonlocal first
+        if number == signal.SIGINT and time.monotonic() > first + 1:
+            raise KeyboardInterrupt
+        first = min(first, time.monotonic())
         stop.set()
-        restore()
 
     for number in numbers:
         signal.signal(number, request)
     try:
         yield stop
     finally:
-        restore()
+        for number, handler in usual.items():
+            signal.signal(number, handler)

@@ -148,7 +148,7 @@ class Run:
 def train(run: Run, after_step: Callable[[Run], None]) -> bool:
     """Optimizer steps from `run.step` to the last, `after_step` called after each; False when told to stop early.
 
-    Ctrl-C or SIGTERM ends it after the running step, a second one at once. Raises BOFTError when the loss is no longer
+    Ctrl-C or SIGTERM ends it after the running step, pressed again at once. Raises BOFTError when the loss is no longer
     finite.
     """
     config, accelerator = run.config, run.accelerator

@@ -26,7 +26,7 @@ from tiny import TOKENS, WIDTH, tiny_pipeline, write_pictures
 
 import boft
 import train_dreambooth_boft
-from boft import assembly, checkpoint, hub, preview
+from boft import assembly, checkpoint, hub, preview, program
 from boft.config import SCHEDULES, DreamBoothConfig, read_settings
 from boft.data import PictureSequence, read_subject
 from boft.errors import BOFTError
@@ -278,6 +278,15 @@ def test_randomly_cropped_pictures_are_encoded_at_each_step(make_config, tmp_pat
     assert train(run, lambda run: None)
 
 
+def test_pictures_read_ahead_by_other_processes_are_the_same(make_config, tmp_path):
+    write_pictures(tmp_path / "wide", size=(24, 16))
+    settings = {"instance_data_dir": str(tmp_path / "wide"), "random_flip": True, "max_train_steps": 3}
+    batches = [list(make_run(make_config(**settings, dataloader_num_workers=n)).batches()) for n in (0, 1)]
+    assert len(batches[0]) == len(batches[1]) == 3
+    for left, right in zip(*batches, strict=True):
+        assert torch.equal(left["pixels"], right["pixels"]) and left["seed"] == right["seed"]
+
+
 # What trains
 
 
@@ -386,6 +395,29 @@ def test_what_is_missing_or_does_not_fit_is_named(settings, message, make_config
         make_run(make_config(**settings))
 
 
+def test_a_base_model_of_another_kind_is_refused(make_config, tmp_path):
+    pipe = tiny_pipeline()
+    pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config, in_channels=9)
+    pipe.save_pretrained(tmp_path / "inpainting")
+    with pytest.raises(BOFTError, match="no text-to-image model: its UNet takes 9 channels, its latents have 4"):
+        make_run(make_config(pretrained_model_name_or_path=str(tmp_path / "inpainting")))
+
+
+def test_a_second_interrupt_acts_at_once_unless_it_is_the_same_one(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(program.time, "monotonic", lambda: clock[0])
+    with pytest.raises(KeyboardInterrupt), program.stop_signals() as stop:
+        for clock[0] in (0.0, 0.5):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.wait(5)
+        clock[0] = 2.0
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        stop.clear()
+        stop.wait(5)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_loss_that_is_not_finite_ends_the_training(make_config):
     run = make_run(make_config())
     with torch.no_grad():
@@ -462,7 +494,9 @@ def test_resuming_with_other_adapter_settings_is_refused(make_config, run_script
         run_script(make_config(resume_from_checkpoint="latest", boft_m=1))
 
 
-@pytest.mark.parametrize("content", [b"", b"text", pickle.dumps({"optimizer": print})])
+@pytest.mark.parametrize(
+    "content", [b"", b"text", pickle.dumps({"optimizer": print}, protocol=2)], ids=["empty", "text", "code"]
+)
 def test_a_broken_optimizer_file_is_named(make_config, content):
     run = make_run(make_config())
     directory = checkpoint.save_checkpoint(run)
