@@ -186,7 +186,11 @@ def _written_whole(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that replaces it once written and flushed to disk; on failure nothing remains."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        # safetensors makes files that only their owner can read; an adapter gets what other files get.
+        temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

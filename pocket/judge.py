@@ -193,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("runs/pocket"), help="folder with the renderings")
     parser.add_argument("--output", type=Path, default=DEFAULT_PATH)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=32)
     arguments = parser.parse_args()
     judge = train(dataset.load(arguments.data / "train"), arguments.steps, arguments.batch)

@@ -396,3 +396,12 @@ def test_a_loaded_adapter_outlives_its_file(base, saved):
         file.write(b"\0" * size)
     boft.set_adapter(model, "default")
     assert torch.equal(model(X), expected)
+
+
+def test_the_files_are_as_readable_as_any_other(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 4))
+    boft.add_adapter(model, boft.BOFTConfig(m=1, b=4, target_modules=["0"]))
+    boft.save_adapter(model, tmp_path / "adapter")
+    (tmp_path / "other").touch()
+    modes = {path.stat().st_mode for path in [tmp_path / "other", *(tmp_path / "adapter").iterdir()]}
+    assert len(modes) == 1
