@@ -68,7 +68,7 @@ def run(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def pipeline() -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(MODEL)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -92,6 +92,10 @@ def test_shipped_files_are_small_and_half_precision():
     for path in MODEL.rglob("*.safetensors"):
         with safe_open(path, "pt") as file:
             assert {file.get_slice(key).get_dtype() for key in file.keys()} <= {"F16", "I64"}, path
+
+
+def test_it_loads_in_one_dtype_when_none_is_asked_for(pipeline):
+    assert {pipeline.unet.dtype, pipeline.text_encoder.dtype, pipeline.vae.dtype} == {torch.float32}
 
 
 @pytest.mark.parametrize(("m", "r"), [(5, 16), (6, 32)])
@@ -152,7 +156,7 @@ def test_the_judge_tells_a_wrong_picture():
 
 
 def test_training_writes_a_pipeline_that_loads(trained):
-    pipeline = StableDiffusionPipeline.from_pretrained(trained / "run" / "model", torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(trained / "run" / "model")
     assert pipeline.vae.config.scaling_factor == 1.0
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     latents = torch.load(trained / "run" / "train_latents.pt", weights_only=True)[:, :, 0].float()
