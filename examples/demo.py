@@ -26,7 +26,7 @@ from boft.grid import picture_grid
 from boft.pipeline import generate, load_pipeline
 from boft.program import run_program
 from pocket import scenes
-from pocket.judge import Judge
+from pocket.judge import DEFAULT_PATH, Judge
 from pocket.likeness import EXPLANATION, average_features, measure, measure_photos, table
 
 SUBJECTS = Path("examples/subjects")
@@ -37,7 +37,9 @@ GUIDANCE, STEPS = 4.0, 25
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
-    judge = Judge.load(arguments.judge) if arguments.judge else Judge.load()
+    if not arguments.judge.is_file():
+        raise BOFTError(f"the judge {arguments.judge} is missing; python -m pocket.judge trains one")
+    judge = Judge.load(arguments.judge)
     subject = read_subjects()[arguments.subject]
     photos = [Image.open(path).convert("RGB") for path in sorted((SUBJECTS / arguments.subject).glob("*.png"))]
     output = arguments.output or Path("runs/demo", arguments.subject)
@@ -60,7 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--base_model", default="pocket/model", help="(pocket/model)")
     parser.add_argument("--config", default="configs/dreambooth_pocket.yaml", help="settings of the training")
     parser.add_argument("--adapter", type=Path, help="an adapter trained before, instead of training one")
-    parser.add_argument("--judge", type=Path, help="weights of the judge; left out: those of the project")
+    parser.add_argument("--judge", type=Path, default=DEFAULT_PATH, help="weights of the judge")
     parser.add_argument("--output", type=Path, help="folder (runs/demo/SUBJECT)")
     return parser.parse_args(argv)
 

@@ -22,7 +22,7 @@ class ColorJudge:
     """Its features are a picture's mean colour; the scene is a red picture's "beach" and any other one's "snow"."""
 
     @classmethod
-    def load(cls) -> "ColorJudge":
+    def load(cls, path: Path) -> "ColorJudge":
         return cls()
 
     def features(self, images) -> torch.Tensor:
@@ -82,7 +82,9 @@ def test_the_demo_writes_its_picture_and_its_measures(quick, tmp_path, capsys):
     pipe.save_pretrained(tmp_path / "base")
     boft.add_adapter(pipe.unet, boft.BOFTConfig(m=1, r=4))
     boft.save_adapter(pipe.unet, tmp_path / "adapter")
+    (tmp_path / "judge").touch()
     flags = ["--adapter", str(tmp_path / "adapter"), "--base_model", str(tmp_path / "base")]
+    flags += ["--judge", str(tmp_path / "judge")]
     demo.main([*flags, "--subject", "monster", "--output", str(tmp_path / "out")])
 
     figures = json.loads((tmp_path / "out" / "demo.json").read_text())
@@ -102,10 +104,16 @@ def test_the_demo_trains_by_the_script_and_says_when_that_fails(quick, tmp_path,
         return type("Done", (), {"returncode": 2})
 
     monkeypatch.setattr(demo.subprocess, "run", run)
+    (tmp_path / "judge").touch()
     with pytest.raises(BOFTError, match="training did not finish"):
-        demo.main(["--base_model", "somewhere", "--output", str(tmp_path)])
+        demo.main(["--base_model", "somewhere", "--output", str(tmp_path), "--judge", str(tmp_path / "judge")])
     (command,) = commands
     assert command[:2] == [sys.executable, "train_dreambooth_boft.py"]
     given = dict(zip(command[2::2], command[3::2], strict=True))
     assert given["--instance_prompt"] == "a sks vase" and given["--pretrained_model_name_or_path"] == "somewhere"
     assert Path(given["--instance_data_dir"]).is_dir() and given["--output_dir"] == str(tmp_path / "adapter")
+
+
+def test_the_demo_says_when_there_is_no_judge(quick, tmp_path):
+    with pytest.raises(BOFTError, match="nothing.safetensors is missing"):
+        demo.main(["--judge", str(tmp_path / "nothing.safetensors")])
