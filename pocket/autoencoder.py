@@ -163,6 +163,50 @@ def train_vae(
     return vae
 
 
+def finish_decoder(
+    vae: AutoencoderKL,
+    settings: dict,
+    pictures: Pictures,
+    held_out: Pictures,
+    output: Path,
+    minutes: float | None,
+    device: torch.device,
+    seed: int = 1,
+) -> None:
+    """Train the decoder alone on whole renderings, in `output`/decoder.pt: squared error only, from the latents' means.
+
+    The latents stay as they are, so that this may come before or after the UNet.
+    """
+    decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder])
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=settings["decoder_rate"], betas=(0.9, 0.99), fused=True)
+    clock = Clock(settings["decoder_steps"], minutes)
+    state = load_checkpoint(output / "decoder.pt", clock)
+    if state:
+        decoder.load_state_dict(state["decoder"])
+        optimizer.load_state_dict(state["optimizer"])
+    batches = Batches(pictures, pictures.images, share=0.0)
+    with tqdm(desc="decoder", initial=clock.step, total=None if minutes else clock.steps, unit="step") as bar:
+        while clock.progress < 1:
+            pixels, _ = batches.whole(settings["whole_batch"], seeded(seed, clock.step))
+            pixels = pixels.to(device)
+            for group in optimizer.param_groups:
+                group["lr"] = settings["decoder_rate"] * clock.rate(warmup=50, flat=0.2)
+            with torch.autocast(device.type, torch.bfloat16):
+                with torch.no_grad():
+                    latents = vae.quant_conv(vae.encoder(pixels)).chunk(2, dim=1)[0]
+                decoded = vae.decoder(vae.post_quant_conv(latents))
+            error = ((decoded.float() - pixels) ** 2).mean()
+            error.backward()
+            torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            clock.tick()
+            bar.update()
+    decibels = psnr(vae, held_out.images[:64]).mean()
+    log(output / "vae.jsonl", decoder_step=clock.step, seconds=round(clock.seconds), psnr=round(float(decibels), 3))
+    save_checkpoint(output / "decoder.pt", clock, decoder=decoder.state_dict(), optimizer=optimizer.state_dict())
+
+
 def normalise_latents(vae: AutoencoderKL, images: np.ndarray) -> None:
     """Fold the per-channel mean and deviation of the latents into the 1×1 convolutions: `scaling_factor` is then 1."""
     with torch.no_grad():

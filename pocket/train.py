@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from pocket import autoencoder, dataset, diffusion
 from pocket.tokenizer import build_tokenizer
 
+STAGES = ("vae", "unet", "decoder")
 HELD_OUT_SEED = 10_000_000  # renderings for the figures start here, far above every training seed
 
 
@@ -63,8 +64,8 @@ def parse_minutes(texts: list[str]) -> dict[str, float]:
             minutes[stage] = float(value)
         except ValueError:
             raise SystemExit(f"error: --minutes {text}: write STAGE=NUMBER, as in vae=30") from None
-        if stage not in ("vae", "unet"):
-            raise SystemExit(f"error: --minutes {text}: the stages with a length are vae and unet")
+        if stage not in STAGES:
+            raise SystemExit(f"error: --minutes {text}: the stages with a length are {', '.join(STAGES)}")
     return minutes
 
 
@@ -85,7 +86,6 @@ def main() -> None:
     else:
         vae = autoencoder.train_vae(settings["vae"], train, held_out, output, minutes.get("vae"), device)
         vae = finished_vae(output, vae, train)
-    print(f"VAE: {autoencoder.psnr(vae, held_out.images).mean():.2f} dB on {len(held_out)} held-out renderings")
     tokenizer = build_tokenizer(train.all_captions(), settings["text"]["positions"])
     pipeline = diffusion.train_unet(
         settings["unet"],
@@ -98,6 +98,8 @@ def main() -> None:
         minutes.get("unet"),
         device,
     )
+    autoencoder.finish_decoder(vae, settings["vae"], train, held_out, output, minutes.get("decoder"), device)
+    print(f"VAE: {autoencoder.psnr(vae, held_out.images).mean():.2f} dB on {len(held_out)} held-out renderings")
     export(pipeline, output / "model")
     print(f"wrote {output / 'model'}")
 

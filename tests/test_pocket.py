@@ -36,6 +36,8 @@ TINY = {
         "learning_rate": 1e-3,
         "kl_weight": 3e-4,
         "feature_weight": 3.0,
+        "decoder_steps": 2,
+        "decoder_rate": 1e-4,
     },
     "text": {
         "hidden": 32,
@@ -179,7 +181,7 @@ def test_training_goes_on_where_it_stopped(trained):
 
 def test_a_wrong_stage_is_named():
     done = run("pocket.train", "--minutes", "vea=3")
-    assert done.returncode != 0 and "vae and unet" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode != 0 and "vae, unet" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_evaluation_runs_and_writes_its_figures(tmp_path):
