@@ -80,6 +80,10 @@ def finetune(arguments: argparse.Namespace, subject: dict[str, str], output: Pat
     command += ["--instance_data_dir", str(SUBJECTS / arguments.subject), "--class_data_dir", str(output / "class")]
     for name in ("instance_prompt", "class_prompt"):
         command += [f"--{name}", subject[name]]
+    command += [
+        "--validation_prompts",
+        *(f"{subject['instance_prompt']} {scenes.PHRASES[scene]}" for scene in SCENES[:3]),
+    ]
     print(shlex.join(command), flush=True)
     if subprocess.run(command).returncode:
         raise BOFTError("the training did not finish; the reason is what it says above")

@@ -283,6 +283,7 @@ def train_unet(
             average=averaged.average,
         )
 
+    clock.restart()
     with tqdm(desc="UNet", initial=clock.step, total=None if minutes else clock.steps, unit="step") as bar:
         while clock.progress < 1:
             generator = seeded(seed, clock.step)
