@@ -20,7 +20,6 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-import boft
 from boft.errors import BOFTError
 from boft.grid import picture_grid
 from boft.pipeline import generate, load_pipeline
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measures = {
         "base model": measure(judge, average, before, photos, asked),
         "finetuned": measure(judge, average, after, photos, asked),
-        "the photos themselves": measure_photos(judge, average, photos),
+        "photos themselves": measure_photos(judge, average, photos),
     }
     write(output, sheet(photos, before, after, prompts), measures)
 
@@ -90,13 +89,11 @@ def finetune(arguments: argparse.Namespace, subject: dict[str, str], output: Pat
     return adapter
 
 
-def draw_both(base_model: str, adapter: Path, prompts: Sequence[str]) -> tuple[list[Image.Image], list[Image.Image]]:
+def draw_both(base_model: str, adapter: Path, prompts: Sequence[str]) -> list[list[Image.Image]]:
     """The base model's and the finetuned model's pictures: all prompts with the first seed, then with the second, …"""
     pairs = [(prompt, seed) for seed in SEEDS for prompt in prompts]
-    pipe = load_pipeline(base_model)
-
-    def draw() -> list[Image.Image]:
-        return generate(
+    return [
+        generate(
             pipe,
             [prompt for prompt, _ in pairs],
             [seed for _, seed in pairs],
@@ -105,10 +102,8 @@ def draw_both(base_model: str, adapter: Path, prompts: Sequence[str]) -> tuple[l
             batch_size=len(prompts),
             progress=True,
         )
-
-    before = draw()
-    boft.load_adapter(pipe, adapter)
-    return before, draw()
+        for pipe in [load_pipeline(base_model), load_pipeline(base_model, adapter)]
+    ]
 
 
 def sheet(
@@ -132,7 +127,7 @@ def write(output: Path, picture: Image.Image, measures: dict) -> None:
         f"{table(measures)}\n\n{EXPLANATION}\n{count} pictures of each model: {len(SCENES)} scenes, {len(SEEDS)} seeds."
     )
     (output / "demo.txt").write_text(text + "\n", encoding="utf-8")
-    figures = {name: dataclasses.asdict(values) for name, values in measures.items()}
+    figures = {name.replace(" ", "_"): dataclasses.asdict(values) for name, values in measures.items()}
     (output / "demo.json").write_text(json.dumps(figures | {"pictures": count}, indent=2) + "\n", encoding="utf-8")
     print(f"\n{text}\n\nLook at {output / 'demo.png'}")
 

@@ -88,7 +88,7 @@ def test_the_demo_writes_its_picture_and_its_measures(quick, tmp_path, capsys):
     demo.main([*flags, "--subject", "monster", "--output", str(tmp_path / "out")])
 
     figures = json.loads((tmp_path / "out" / "demo.json").read_text())
-    assert figures["base model"] == figures["finetuned"]  # the adapter is still the identity
+    assert figures["base_model"] == figures["finetuned"]  # the adapter is still the identity
     assert figures["pictures"] == 2 * len(demo.SCENES)
     text = (tmp_path / "out" / "demo.txt").read_text()
     assert f"{figures['finetuned']['likeness']:.2f}" in text and text.strip() in capsys.readouterr().out
