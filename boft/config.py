@@ -138,7 +138,7 @@ class DreamBoothConfig(TrainingConfig):
     image_column: str = setting("picture column of a Hub dataset", "image")
     caption_column: str | None = setting("caption column of a Hub dataset", None)
     class_data_dir: str | None = setting("folder with class pictures; missing ones are generated", None)
-    class_prompt: str | None = setting("prompt of the class pictures", None)
+    class_prompt: tuple[str, ...] = setting("prompt of the class pictures; of several, each in its turn", ())
     with_prior_preservation: bool = setting("train on class pictures too, so that the class stays as it is", False)
     prior_loss_weight: float = setting("weight of the class pictures in the loss", 1.0, minimum=0)
     num_class_images: int = setting("class pictures", 200, minimum=1)
@@ -150,7 +150,7 @@ class DreamBoothConfig(TrainingConfig):
         if not self.with_prior_preservation:
             return
         for name in ("class_data_dir", "class_prompt"):
-            if getattr(self, name) is None:
+            if not getattr(self, name):
                 raise BOFTError(f"--with_prior_preservation needs --{name}.")
         if Path(self.class_data_dir).resolve() == Path(self.instance_data_dir).resolve():
             raise BOFTError(f"--class_data_dir and --instance_data_dir are the same folder, {self.class_data_dir}.")

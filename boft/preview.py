@@ -85,6 +85,7 @@ def make_class_pictures(
 ) -> list[CaptionedPicture]:
     """The class pictures, after drawing those that are missing in `class_data_dir`.
 
+    Several prompts take turns, and each picture then has its own as a `.txt` caption: prompts with scenes keep scenes.
     The picture numbered i comes from a seed of its own, so that an interrupted folder is completed to what it would
     have been. Only the main process draws; the others wait.
     """
@@ -93,7 +94,7 @@ def make_class_pictures(
         folder.mkdir(parents=True, exist_ok=True)
         _complete(folder, pipe, config, accelerator)
     accelerator.wait_for_everyone()
-    return read_folder(folder, config.class_prompt)[: config.num_class_images]
+    return read_folder(folder, config.class_prompt[0])[: config.num_class_images]
 
 
 def _complete(folder: Path, pipe: DiffusionPipeline, config: DreamBoothConfig, accelerator: Accelerator) -> None:
@@ -105,7 +106,7 @@ def _complete(folder: Path, pipe: DiffusionPipeline, config: DreamBoothConfig, a
             with accelerator.autocast():
                 pictures = generate(
                     pipe,
-                    [config.class_prompt] * len(batch),
+                    [class_prompt(config, i) for i in batch],
                     [derive_seed(config.seed, Stream.CLASS_PICTURE, i) for i in batch],
                     steps=config.validation_inference_steps,
                     guidance=config.validation_guidance,
@@ -115,6 +116,9 @@ def _complete(folder: Path, pipe: DiffusionPipeline, config: DreamBoothConfig, a
                 )
             for i, picture in zip(batch, pictures, strict=True):
                 # Renamed when whole: an interrupted run leaves no half picture behind.
+                # A caption of its own where there are several, written first: no picture is ever without its own.
+                if len(config.class_prompt) > 1:
+                    class_picture(folder, i).with_suffix(".txt").write_text(class_prompt(config, i), encoding="utf-8")
                 unfinished = folder / f".{i:05d}.unfinished"
                 picture.save(unfinished, format="PNG")
                 os.replace(unfinished, class_picture(folder, i))
@@ -124,6 +128,11 @@ def _complete(folder: Path, pipe: DiffusionPipeline, config: DreamBoothConfig, a
 def class_picture(folder: Path, number: int) -> Path:
     """Where the generated class picture of that number lies."""
     return folder / f"class-{number:05d}.png"
+
+
+def class_prompt(config: DreamBoothConfig, number: int) -> str:
+    """The prompt of the class picture of that number: of several, each in its turn."""
+    return config.class_prompt[number % len(config.class_prompt)]
 
 
 def _track(run: Run, tag: str, pictures: list[Image.Image]) -> None:

@@ -77,8 +77,10 @@ def finetune(arguments: argparse.Namespace, subject: dict[str, str], output: Pat
     command = [sys.executable, "train_dreambooth_boft.py", "--config", arguments.config]
     command += ["--pretrained_model_name_or_path", arguments.base_model, "--output_dir", str(adapter)]
     command += ["--instance_data_dir", str(SUBJECTS / arguments.subject), "--class_data_dir", str(output / "class")]
-    for name in ("instance_prompt", "class_prompt"):
-        command += [f"--{name}", subject[name]]
+    command += ["--instance_prompt", subject["instance_prompt"]]
+    # The class in every scene: what the class pictures do not show, finetuning may forget.
+    places = [phrase for scene, phrase in scenes.PHRASES.items() if not scene.startswith("plain")]
+    command += ["--class_prompt", subject["class_prompt"], *(f"{subject['class_prompt']} {place}" for place in places)]
     command += [
         "--validation_prompts",
         *(f"{subject['instance_prompt']} {scenes.PHRASES[scene]}" for scene in SCENES[:3]),

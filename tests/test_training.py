@@ -93,7 +93,7 @@ def make_config(tmp_path, base_model):
             "instance_data_dir": str(tmp_path / "subject"),
             "instance_prompt": "a sks",
             "class_data_dir": str(tmp_path / "class"),
-            "class_prompt": "a",
+            "class_prompt": ("a",),
             "output_dir": str(tmp_path / "out"),
             "resolution": 16,
             "boft_m": 2,
@@ -522,13 +522,14 @@ def test_what_to_resume_from(make_config, tmp_path):
 # Pictures
 
 
-def test_class_pictures_are_drawn_when_missing_and_completed_to_the_same(make_config, tmp_path):
-    config = make_config(with_prior_preservation=True, num_class_images=3, sample_batch_size=2)
+@pytest.mark.parametrize("prompts", [("a",), ("a", "b")])
+def test_class_pictures_are_drawn_when_missing_and_completed_to_the_same(make_config, tmp_path, prompts):
+    config = make_config(with_prior_preservation=True, num_class_images=3, sample_batch_size=2, class_prompt=prompts)
     accelerator = assembly.start(config)
     pipe = assembly.load_base_model(config, accelerator)
     pictures = preview.make_class_pictures(pipe, config, accelerator)
     assert [picture.source.name for picture in pictures] == [f"class-{number:05d}.png" for number in range(3)]
-    assert {picture.prompt for picture in pictures} == {"a"}
+    assert [picture.prompt for picture in pictures] == [prompts[0], prompts[-1], prompts[0]]
     before = [picture.source.read_bytes() for picture in pictures]
     assert len(set(before)) == 3
     pictures[1].source.unlink()
