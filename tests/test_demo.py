@@ -11,6 +11,7 @@ from PIL import Image
 from tiny import tiny_pipeline
 
 import boft
+from boft.config import DreamBoothConfig, read_settings
 from boft.errors import BOFTError
 from examples import demo
 from pocket import likeness, world
@@ -109,9 +110,11 @@ def test_the_demo_trains_by_the_script_and_says_when_that_fails(quick, tmp_path,
         demo.main(["--base_model", "somewhere", "--output", str(tmp_path), "--judge", str(tmp_path / "judge")])
     (command,) = commands
     assert command[:2] == [sys.executable, "train_dreambooth_boft.py"]
-    given = dict(zip(command[2::2], command[3::2], strict=True))
-    assert given["--instance_prompt"] == "a sks vase" and given["--pretrained_model_name_or_path"] == "somewhere"
-    assert Path(given["--instance_data_dir"]).is_dir() and given["--output_dir"] == str(tmp_path / "adapter")
+    config = read_settings(DreamBoothConfig, command[2:])
+    assert config.instance_prompt == "a sks vase" and config.pretrained_model_name_or_path == "somewhere"
+    assert Path(config.instance_data_dir).is_dir() and config.output_dir == str(tmp_path / "adapter")
+    assert config.class_prompt[0] == "a vase" and "a vase on the beach" in config.class_prompt
+    assert all(prompt.startswith("a sks vase ") for prompt in config.validation_prompts)
 
 
 def test_the_demo_says_when_there_is_no_judge(quick, tmp_path):
