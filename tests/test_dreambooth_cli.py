@@ -61,7 +61,8 @@ def test_a_run_in_two_parts_leaves_all_that_it_promises(tmp_path, base_model):
     assert "loss=" in errors and "2/2" in errors, "the progress bar shows loss and rate"
     code, errors = finish(start(*common, "--max_train_steps", 4, "--resume_from_checkpoint", "latest"))
     assert code == 0, errors
-    assert "at step 2" in errors and "3/4" in errors and "1/4" not in errors
+    # The bar is drawn at its start and its end for certain; quick steps between share one drawing.
+    assert "at step 2" in errors and "2/4" in errors and "4/4" in errors and "0/4" not in errors
     assert {"checkpoint-2", "checkpoint-4", "previews", "logs", "settings.yaml"} <= {
         path.name for path in out.iterdir()
     }
