@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from PIL import Image
 from tqdm import tqdm
 
 from boft.grid import picture_grid
@@ -51,9 +50,8 @@ def new_captions(count: int, known: set[str]) -> list[world.Caption]:
     return captions
 
 
-def presence(judge: Judge, images: list[Image.Image], captions: list[world.Caption]) -> dict[str, tuple[int, int]]:
+def presence(told: dict[str, list[str]], captions: list[world.Caption]) -> dict[str, tuple[int, int]]:
     """For each attribute: in how many pictures that should have it the judge sees it, and how many those are."""
-    told = judge.attributes(images)
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for i, caption in enumerate(captions):
         for name, value in caption.named.items():
@@ -121,8 +119,8 @@ def main() -> None:
         pipeline, prompts, seeds, steps=arguments.steps, guidance=GUIDANCE, batch_size=arguments.batch, progress=True
     )
 
-    counts = presence(judge, images, captions)
     told = judge.attributes(images)
+    counts = presence(told, captions)
     complete = [all(told[name][i] == value for name, value in c.named.items()) for i, c in enumerate(captions)]
     figures = {
         "pictures": len(images),

@@ -218,7 +218,6 @@ def _mouth(pen: Pen, attributes, skin: Color) -> tuple[list, list]:
         )
         return outer, inner
     if attributes.expression == "open mouth":
-        outer = ellipse(0, y + 2, 9.5, 10.5, 180, 540)[:-1]
         outer = [(-9.5 * math.cos(t), y + 2 - 10.5 * math.sin(t)) for t in (math.pi * i / 4 for i in range(8))]
         inner = [(-6.8, y + 2), (0, y - 5.6), (6.8, y + 2), (0, y + 9.6)]
         pen.ellipse(0, y + 2, 9.5, 10.5, lips, "mouth")
