@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -153,9 +153,10 @@ def latent_weights(pictures: Pictures, size: int, weight: float) -> torch.Tensor
 class Denoiser:
     """The v-prediction objective on cached latents, with text encoder and UNet trained together."""
 
-    def __init__(self, unet, text_encoder, scheduler, snr_gamma: float, device: torch.device):
-        self.unet, self.text_encoder, self.snr_gamma, self.device = unet, text_encoder, snr_gamma, device
-        self.alpha_bar = scheduler.alphas_cumprod
+    def __init__(self, pipeline: StableDiffusionPipeline, snr_gamma: float, mixed_precision: bool):
+        self.unet, self.text_encoder, self.device = pipeline.unet, pipeline.text_encoder, pipeline.device
+        self.snr_gamma, self.mixed_precision = snr_gamma, mixed_precision
+        self.alpha_bar = pipeline.scheduler.alphas_cumprod
 
     def loss(self, moments, tokens, weights, generator: torch.Generator) -> torch.Tensor:
         """Min-SNR weighted squared error of the predicted velocity, one number a picture: [B].
@@ -172,7 +173,7 @@ class Denoiser:
         signal = self.alpha_bar[timesteps].sqrt().view(-1, 1, 1, 1)
         sigma = (1 - self.alpha_bar[timesteps]).sqrt().view(-1, 1, 1, 1)
         noisy, velocity = signal * latents + sigma * noise, signal * noise - sigma * latents
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed_precision):
             text = self.text_encoder(tokens.to(self.device))[0]
             predicted = self.unet(noisy.to(self.device), timesteps.to(self.device), text).sample.float()
         snr = (signal / sigma).square().flatten()
@@ -209,79 +210,71 @@ class Averaged:
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
 
     def __enter__(self) -> None:
-        self._swap()
+        self.swap()
 
     def __exit__(self, *_) -> None:
-        self._swap()
+        self.swap()
 
-    def _swap(self) -> None:
+    def swap(self) -> None:
+        """Exchange the weights and their average."""
         for parameter, average in zip(self.parameters, self.average, strict=True):
             parameter.data, average.data = average.data, parameter.data
 
 
+class Batches:
+    """Training batches of cached latents, half of them mirrored, with their captions and loss weights."""
+
+    def __init__(self, pictures: Pictures, latents: torch.Tensor, tokenizer: CLIPTokenizer, settings: dict):
+        self.latents, self.settings = latents, settings
+        self.captions = Captions(pictures, tokenizer)
+        self.weights = latent_weights(pictures, latents.shape[-1], settings["feature_weight"])
+        self.empty = tokenize(tokenizer, [""])[0]
+
+    def draw(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Moments [B, 2, C, h, w], tokens [B, positions] and weights [B, 1, h, w]."""
+        chosen = torch.randint(len(self.latents), (self.settings["batch"],), generator=generator)
+        mirror = torch.randint(2, chosen.shape, generator=generator)
+        caption = torch.randint(self.captions.tokens.shape[1], chosen.shape, generator=generator)
+        dropped = torch.rand(chosen.shape, generator=generator) < self.settings["unconditional"]
+        tokens = torch.where(dropped[:, None], self.empty, self.captions.tokens[chosen, caption])
+        weights = self.weights[chosen]
+        weights = torch.where(mirror.bool()[:, None, None, None], weights.flip(-1), weights)
+        return self.latents[chosen, mirror], tokens, weights
+
+
 def train_unet(
+    pipeline: StableDiffusionPipeline,
     settings: dict,
-    text_settings: dict,
-    tokenizer: CLIPTokenizer,
-    vae: AutoencoderKL,
-    train: tuple[Pictures, torch.Tensor],
+    batches: Batches,
     held_out: tuple[Pictures, torch.Tensor],
     output: Path,
     minutes: float | None,
-    device: torch.device,
+    mixed_precision: bool,
     seed: int = 0,
-) -> StableDiffusionPipeline:
-    """Train, or go on training, text encoder and UNet in `output`/unet.pt; the pipeline has the averaged weights."""
-    pictures, latents = train
-    torch.manual_seed(seed)
-    text_encoder = build_text_encoder(text_settings, tokenizer).to(device)
-    channels, size = latents.shape[3], latents.shape[-1]
-    unet = build_unet(settings, channels, size, text_settings["hidden"]).to(device)
-    captions = Captions(pictures, tokenizer)
+) -> None:
+    """Train, or go on training, text encoder and UNet in `output`/unet.pt; the pipeline ends with their averages."""
+    unet, text_encoder = pipeline.unet.train(), pipeline.text_encoder.train()
     clock = Clock(settings["steps"], minutes)
-    state = load_checkpoint(output / "unet.pt", clock)
-    if state is None:
-        told = train_words(text_encoder, captions, tokenizer.eos_token_id, text_settings, device, seed)
-        log(output / "unet.jsonl", words_told=round(told, 4))
     averaged = Averaged((unet, text_encoder), settings["ema"])
     rates = (settings["learning_rate"], settings["text_learning_rate"])
     groups = [{"params": list(module.parameters())} for module in (unet, text_encoder)]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
-    if state:
+    if state := load_checkpoint(output / "unet.pt", clock):
         unet.load_state_dict(state["unet"])
         text_encoder.load_state_dict(state["text_encoder"])
         optimizer.load_state_dict(state["optimizer"])
         for average, saved in zip(averaged.average, state["average"], strict=True):
             average.copy_(saved)
-    denoiser = Denoiser(unet, text_encoder, build_scheduler(), settings["snr_gamma"], device)
-    weights = latent_weights(pictures, size, settings["feature_weight"])
-    mirrored = weights.flip(-1)
-    empty = tokenize(tokenizer, [""])[0]
-    pipeline = make_pipeline(vae, text_encoder, tokenizer, unet)
-
-    def batch(generator: torch.Generator):
-        chosen = torch.randint(len(pictures), (settings["batch"],), generator=generator)
-        mirror = torch.randint(2, chosen.shape, generator=generator)
-        caption = torch.randint(captions.tokens.shape[1], chosen.shape, generator=generator)
-        dropped = torch.rand(chosen.shape, generator=generator) < settings["unconditional"]
-        tokens = torch.where(dropped[:, None], empty, captions.tokens[chosen, caption])
-        weight = torch.where(mirror.bool()[:, None, None, None], mirrored[chosen], weights[chosen])
-        return latents[chosen, mirror], tokens, weight
+    denoiser = Denoiser(pipeline, settings["snr_gamma"], mixed_precision)
 
     def report() -> None:
         with averaged:
-            validation = validate(denoiser, held_out, tokenizer)
+            validation = validate(denoiser, held_out, pipeline.tokenizer)
             if clock.step % 1000 == 0:
                 preview(pipeline, output / "previews" / f"{clock.step:06d}.png")
         log(output / "unet.jsonl", step=clock.step, seconds=round(clock.seconds), **validation)
-        save_checkpoint(
-            output / "unet.pt",
-            clock,
-            unet=unet.state_dict(),
-            text_encoder=text_encoder.state_dict(),
-            optimizer=optimizer.state_dict(),
-            average=averaged.average,
-        )
+        states = {"unet": unet.state_dict(), "text_encoder": text_encoder.state_dict()}
+        save_checkpoint(output / "unet.pt", clock, **states, optimizer=optimizer.state_dict(), average=averaged.average)
 
     clock.restart()
     with tqdm(desc="UNet", initial=clock.step, total=None if minutes else clock.steps, unit="step") as bar:
@@ -289,7 +282,7 @@ def train_unet(
             generator = seeded(seed, clock.step)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * clock.rate()
-            loss = denoiser.loss(*batch(generator), generator).mean()
+            loss = denoiser.loss(*batches.draw(generator), generator).mean()
             loss.backward()
             nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
             optimizer.step()
@@ -302,8 +295,7 @@ def train_unet(
             if clock.step % 250 == 0:
                 report()
     report()
-    averaged._swap()
-    return pipeline
+    averaged.swap()
 
 
 def validate(denoiser: Denoiser, held_out: tuple[Pictures, torch.Tensor], tokenizer: CLIPTokenizer) -> dict[str, float]:

@@ -1,19 +1,24 @@
 """Train the embedded base model: renderings → VAE → latents → text encoder and UNet → a diffusers pipeline.
 
     python -m pocket.train --config pocket/pocket.yaml --output runs/pocket
+    python -m pocket.train --from pocket/model --output runs/longer      # more steps of what ships
 
 Every stage keeps checkpoints in the output folder; the same command goes on where the last one stopped.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
 import yaml
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
-from pocket import autoencoder, dataset, diffusion
+from boft.errors import BOFTError
+from boft.pipeline import load_pipeline
+from boft.program import run_program
+from pocket import autoencoder, dataset, diffusion, schedule
 from pocket.tokenizer import build_tokenizer
 
 STAGES = ("vae", "unet", "decoder")
@@ -30,13 +35,34 @@ def pictures_of(output: Path, settings: dict) -> tuple[dataset.Pictures, dataset
     return parts[0], parts[1]
 
 
-def finished_vae(output: Path, vae: AutoencoderKL, pictures: dataset.Pictures) -> AutoencoderKL:
-    """The trained VAE with normalised latents; kept, since the UNet depends on it to the last digit."""
+def vae_of(
+    base: StableDiffusionPipeline | None,
+    settings: dict,
+    pictures: tuple[dataset.Pictures, dataset.Pictures],
+    output: Path,
+    minutes: float | None,
+    device: torch.device,
+) -> AutoencoderKL:
+    """The base model's VAE, or one trained here, with normalised latents; the UNet depends on its every digit."""
+    if base is not None:
+        return base.vae.to(device).eval()
     directory = output / "vae"
     if not directory.exists():
-        autoencoder.normalise_latents(vae, pictures.images[:4096])
+        vae = autoencoder.train_vae(settings, *pictures, output, minutes, device)
+        autoencoder.normalise_latents(vae, pictures[0].images[:4096])
         vae.save_pretrained(directory)
-    return AutoencoderKL.from_pretrained(directory).to(vae.device).eval()
+    return AutoencoderKL.from_pretrained(directory).to(device).eval()
+
+
+def untrained_pipeline(
+    settings: dict, vae: AutoencoderKL, pictures: dataset.Pictures, latent_shape: torch.Size, seed: int = 0
+) -> StableDiffusionPipeline:
+    """A trained VAE with a tokenizer for the pictures' captions and a random text encoder and UNet."""
+    tokenizer = build_tokenizer(pictures.all_captions(), settings["text"]["positions"])
+    torch.manual_seed(seed)
+    text_encoder = diffusion.build_text_encoder(settings["text"], tokenizer)
+    unet = diffusion.build_unet(settings["unet"], latent_shape[-3], latent_shape[-1], settings["text"]["hidden"])
+    return diffusion.make_pipeline(vae, text_encoder, tokenizer, unet)
 
 
 def latents_of(path: Path, vae: AutoencoderKL, pictures: dataset.Pictures) -> torch.Tensor:
@@ -63,9 +89,9 @@ def parse_minutes(texts: list[str]) -> dict[str, float]:
         try:
             minutes[stage] = float(value)
         except ValueError:
-            raise SystemExit(f"error: --minutes {text}: write STAGE=NUMBER, as in vae=30") from None
+            raise BOFTError(f"--minutes {text}: write STAGE=NUMBER, as in vae=30") from None
         if stage not in STAGES:
-            raise SystemExit(f"error: --minutes {text}: the stages with a length are {', '.join(STAGES)}")
+            raise BOFTError(f"--minutes {text}: the stages with a length are {', '.join(STAGES)}")
     return minutes
 
 
@@ -73,7 +99,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("pocket.yaml"))
     parser.add_argument("--output", type=Path, default=Path("runs/pocket"), help="checkpoints, logs, previews, model/")
+    parser.add_argument(
+        "--from",
+        dest="start",
+        type=Path,
+        metavar="MODEL",
+        help="go on from this pipeline: its VAE and tokenizer as they are, its text encoder and UNet trained further",
+    )
     parser.add_argument("--minutes", nargs="*", default=[], metavar="STAGE=N", help="end a stage by the clock instead")
+    parser.add_argument(
+        "--mixed_precision",
+        choices=("no", "bf16"),
+        default="bf16",
+        help="of the UNet's stage (bf16); float32 is the faster of the two on some CPUs",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     settings = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
@@ -81,28 +120,32 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
 
     train, held_out = pictures_of(output, settings["data"])
-    if (output / "vae").exists():
-        vae = finished_vae(output, autoencoder.build_vae(settings["vae"]).to(device), train)
-    else:
-        vae = autoencoder.train_vae(settings["vae"], train, held_out, output, minutes.get("vae"), device)
-        vae = finished_vae(output, vae, train)
-    tokenizer = build_tokenizer(train.all_captions(), settings["text"]["positions"])
-    pipeline = diffusion.train_unet(
+    base = load_pipeline(arguments.start, device=device, dtype="float32", scheduler=None) if arguments.start else None
+    vae = vae_of(base, settings["vae"], (train, held_out), output, minutes.get("vae"), device)
+    latents = latents_of(output / "train_latents.pt", vae, train)
+    pipeline = base or untrained_pipeline(settings, vae, train, latents.shape)
+    pipeline.to(device)
+    batches = diffusion.Batches(train, latents, pipeline.tokenizer, settings["unet"])
+    if base is None and not (output / "unet.pt").exists():
+        end_token = pipeline.tokenizer.eos_token_id
+        told = diffusion.train_words(pipeline.text_encoder, batches.captions, end_token, settings["text"], device)
+        schedule.log(output / "unet.jsonl", words_told=round(told, 4))
+    held_out_latents = latents_of(output / "held_out_latents.pt", vae, held_out)
+    diffusion.train_unet(
+        pipeline,
         settings["unet"],
-        settings["text"],
-        tokenizer,
-        vae,
-        (train, latents_of(output / "train_latents.pt", vae, train)),
-        (held_out, latents_of(output / "held_out_latents.pt", vae, held_out)),
+        batches,
+        (held_out, held_out_latents),
         output,
         minutes.get("unet"),
-        device,
+        arguments.mixed_precision == "bf16",
     )
-    autoencoder.finish_decoder(vae, settings["vae"], train, held_out, output, minutes.get("decoder"), device)
+    if base is None:
+        autoencoder.finish_decoder(vae, settings["vae"], train, held_out, output, minutes.get("decoder"), device)
     print(f"VAE: {autoencoder.psnr(vae, held_out.images).mean():.2f} dB on {len(held_out)} held-out renderings")
     export(pipeline, output / "model")
     print(f"wrote {output / 'model'}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

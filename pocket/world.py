@@ -34,7 +34,7 @@ HATS = ("none", *portrait.HAT_COLORS)
 
 SEGMENTS = pen.SEGMENTS  # class names of the segmentation map
 LANDMARKS = portrait.LANDMARKS  # group → (start, stop) in the landmark array
-OBJECT_SHARE = 0.3  # of pictures
+OBJECT_SHARE = 0.4  # of pictures
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _portrait_words(attributes: Attributes, rng: random.Random, keep, named: dic
     elif keep(0.6):
         clauses.append(f"with {attributes.hair_length} {attributes.hair_color} hair")
         named |= {"hair_length": attributes.hair_length, "hair_color": attributes.hair_color}
-    if rng.random() < 0.15:
+    if keep(0.5):
         clauses.append(f"with {attributes.skin} skin")
         named["skin"] = attributes.skin
     if attributes.beard == "beard" and keep(0.65):

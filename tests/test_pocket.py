@@ -179,6 +179,27 @@ def test_training_goes_on_where_it_stopped(trained):
     assert "words" not in done.stderr  # the text encoder's first lesson is not repeated
 
 
+def test_training_goes_on_from_a_finished_model(trained):
+    arguments = ("--config", trained / "tiny.yaml", "--output", trained / "more", "--device", "cpu")
+    start = trained / "run" / "model"
+    done = run("pocket.train", "--from", start, "--mixed_precision", "no", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "words" not in done.stderr  # the text encoder has learned them
+    before, after = (StableDiffusionPipeline.from_pretrained(path) for path in (start, trained / "more" / "model"))
+    for name, trains in (("vae", False), ("unet", True), ("text_encoder", True)):
+        pairs = zip(getattr(before, name).parameters(), getattr(after, name).parameters(), strict=True)
+        assert any(not torch.equal(a, b) for a, b in pairs) == trains, name
+    assert before.tokenizer.get_vocab() == after.tokenizer.get_vocab()
+
+
+def test_a_model_to_go_on_from_that_is_none_is_named(tmp_path):
+    (tmp_path / "run").mkdir()
+    arguments = ("--config", tmp_path / "tiny.yaml", "--output", tmp_path / "run", "--device", "cpu")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    done = run("pocket.train", "--from", tmp_path / "nothing", *arguments)
+    assert done.returncode == 2 and str(tmp_path / "nothing") in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_wrong_stage_is_named():
     done = run("pocket.train", "--minutes", "vea=3")
     assert done.returncode != 0 and "vae, unet" in done.stderr and "Traceback" not in done.stderr

@@ -83,7 +83,7 @@ def test_full_captions_name_everything_that_is_there():
         named = world.caption(attributes, random.Random(seed), full=True).named
         absent = {"none", "no beard", "plain"}
         missing = {k: v for k, v in world.stated(attributes).items() if v not in absent and k not in named}
-        assert set(missing) <= {"skin", "hair_color"}, (attributes, named)
+        assert not missing, (attributes, named)
 
 
 def test_half_the_portrait_captions_name_the_expression():
@@ -146,7 +146,7 @@ DRAWN = {
     1: [130, 146, 160, 132, 151, 167, 136, 128, 139, 146, 142, 155],
     2: [173, 145, 135, 176, 156, 149, 168, 106, 93, 174, 123, 112],
     3: [230, 218, 192, 228, 216, 192, 210, 184, 142, 205, 173, 126],
-    4: [89, 123, 78, 82, 124, 76, 124, 128, 92, 120, 124, 90],
+    4: [137, 116, 76, 113, 138, 86, 125, 97, 66, 127, 90, 62],
 }
 
 
