@@ -1,9 +1,9 @@
 """Adapter files: a directory of `adapter_model.safetensors` and `adapter_config.json`, strict and self-describing.
 
-Tensors `<component>.<full module name>.boft_skew` [m, r, b(b-1)/2], `.boft_scale` [n], `.boft_bias` [n]. The JSON
-records the method, every adapted layer's geometry, the base model's name, training prompts and step; the safetensors
-metadata carries the same JSON, so that the one file is enough. Everything is checked before a model is touched. Never
-pickle.
+Tensors `<component>.<full module name>.boft_skew` [m, r, b(b-1)/2], `.boft_scale` [n], `.boft_bias` [n], and those of a
+control head under `<component>.boft_control.`. The JSON records the method, every adapted layer's geometry, the head's,
+the base model's name, training prompts and step; the safetensors metadata carries the same JSON, so that the one file
+is enough. Everything is checked before a model is touched. Never pickle.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from torch import Tensor, nn
 import boft
 from boft import inject
 from boft.adapter_config import BOFTConfig
+from boft.control import ControlHead, attach_head, check_head, heads_of
 from boft.errors import BOFTError
 from boft.layers import ButterflyAdapter, layer_width
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
-FORMAT, FORMAT_VERSION = "boft", 1
+# Version 1 knew no control head, and is otherwise the same.
+FORMAT, FORMAT_VERSION, READABLE_VERSIONS = "boft", 2, (1, 2)
 # The key of the JSON in the safetensors metadata.
 METADATA_KEY = "boft"
 
@@ -39,9 +41,11 @@ _CONFIG_KEYS = {
     "step": (int, type(None)),
     "config": (dict,),
     "layers": (dict,),
+    "control": (dict,),
     "extra": (dict,),
 }
 _LAYER_KEYS = {"kind": str, "m": int, "r": int, "b": int, "in": int, "out": int}
+_HEAD_KEYS = {"kind": str, "out_channels": int, "downscale": int}
 _COMPONENT_OF_CLASS = {"UNet2DConditionModel": "unet", "CLIPTextModel": "text_encoder"}
 _READABLE_DTYPES = ("F32", "F16", "BF16")
 
@@ -67,7 +71,11 @@ def save_adapter(
     """
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise BOFTError(f"adapters are saved in float32, float16 or bfloat16, not {dtype}")
-    settings, layers, tensors = _adapter_parts(components_of(target), name, dtype)
+    components = components_of(target)
+    settings, layers, tensors = _adapter_parts(components, name)
+    control = _head_parts(components, name, tensors)
+    tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
+    _require_finite(tensors, "the adapter cannot be saved")
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -77,6 +85,7 @@ def save_adapter(
         "step": step,
         "config": settings,
         "layers": layers,
+        "control": control,
         "extra": dict(extra or {}),
     }
     try:
@@ -117,12 +126,23 @@ def load_adapter(
         if not (replace and name in inject.adapter_names(module)):
             inject.require_free_name(module, name)
         inject.require_unmerged(module, f"loading adapter '{name}'")
-    adapters = _build_adapters(components, config, path)
+    scale = getattr(target, "vae_scale_factor", None)
+    adapters, heads = _build_adapters(components, config, path, scale)
     for component, module in components.items():
         inject.detach(module, name)
         inject.attach(module, adapters[component], name)
+        parts: list[nn.Module] = list(adapters[component].values())
+        if component in heads:
+            attach_head(module, heads[component], name)
+            heads_of(module).active = (name,)
+            parts.append(heads[component])
         if trainable:
-            inject.train_only(module, adapters[component].values())
+            inject.train_only(module, parts)
+    if heads and isinstance(getattr(target, "unet", None), nn.Module) and not isinstance(target, nn.Module | Mapping):
+        # What pipelines need, numpy and Pillow, is not loaded with a bare model.
+        from boft.control_image import accept_control_images
+
+        accept_control_images(target)
     return config
 
 
@@ -147,7 +167,7 @@ def components_of(target: Target) -> dict[str, nn.Module]:
 
 
 def _adapter_parts(
-    components: Mapping[str, nn.Module], name: str, dtype: torch.dtype
+    components: Mapping[str, nn.Module], name: str
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
     """(settings by component, geometry by layer, tensors by key) of one adapter, as they are written."""
     settings: dict[str, Any] = {}
@@ -164,11 +184,24 @@ def _adapter_parts(
             geometry = {"m": adapter.m, "r": adapter.r, "b": adapter.b, "in": adapter.d, "out": adapter.n}
             layers[key] = {"kind": _kind(layer.base_layer), **geometry}
             for part, parameter in adapter.named_parameters():
-                tensors[f"{key}.boft_{part}"] = parameter.detach().to("cpu", dtype).contiguous()
+                tensors[f"{key}.boft_{part}"] = parameter
     if not layers:
         raise BOFTError(f"there is no adapter '{name}' to save in: {', '.join(components) or 'no component'}")
-    _require_finite(tensors, "the adapter cannot be saved")
     return settings, layers, tensors
+
+
+def _head_parts(components: Mapping[str, nn.Module], name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The description of the adapter's control head by component; its tensors are added to `tensors`."""
+    control = {}
+    for component, module in components.items():
+        if (heads := heads_of(module)) and name in heads.heads:
+            control[component] = heads.heads[name].description
+            tensors |= {_head_key(component, part): p for part, p in heads.heads[name].named_parameters()}
+    return control
+
+
+def _head_key(component: str, part: str) -> str:
+    return f"{component}.boft_control.{part}"
 
 
 def _kind(layer: nn.Module) -> str:
@@ -251,8 +284,11 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
     """BOFTError unless the config is one of ours, of a version known here, and consistent in itself."""
     if config.get("format") != FORMAT:
         raise BOFTError(f"'{path}' is no BOFT adapter config: its format is {config.get('format')!r}, not '{FORMAT}'")
-    if (version := config.get("format_version")) != FORMAT_VERSION:
-        raise BOFTError(f"'{path}' has format version {version!r}; this version of boft reads {FORMAT_VERSION}")
+    if (version := config.get("format_version")) not in READABLE_VERSIONS:
+        known = ", ".join(map(str, READABLE_VERSIONS))
+        raise BOFTError(f"'{path}' has format version {version!r}; this version of boft reads {known}")
+    if version == 1:
+        config.setdefault("control", {})
     for key, kinds in _CONFIG_KEYS.items():
         if key not in config or not isinstance(config[key], kinds):
             raise BOFTError(f"'{path}': the entry '{key}' is missing or of the wrong type")
@@ -264,6 +300,13 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
             raise BOFTError(f"'{path}': component '{component}' has no layers")
     if not settings:
         raise BOFTError(f"'{path}' describes no layer")
+    for component, entry in config["control"].items():
+        if component not in settings:
+            raise BOFTError(
+                f"'{path}': the control head of '{component}' belongs to no component of {', '.join(settings)}"
+            )
+        if not isinstance(entry, dict) or any(type(entry.get(key)) is not kind for key, kind in _HEAD_KEYS.items()):
+            raise BOFTError(f"'{path}': the control head of '{component}' needs the entries {', '.join(_HEAD_KEYS)}")
 
 
 def _component_settings(component: str, values: Any, path: Path) -> BOFTConfig:
@@ -302,9 +345,9 @@ def _matching_components(components: dict[str, nn.Module], config: dict[str, Any
 
 
 def _build_adapters(
-    components: Mapping[str, nn.Module], config: dict[str, Any], path: Path
-) -> dict[str, dict[str, ButterflyAdapter]]:
-    """Adapters by component and module name, filled from the file; nothing of the model is changed."""
+    components: Mapping[str, nn.Module], config: dict[str, Any], path: Path, vae_scale_factor: int | None
+) -> tuple[dict[str, dict[str, ButterflyAdapter]], dict[str, ControlHead]]:
+    """Adapters by component and module name, heads by component, filled from the file; the model is not changed."""
     modules = {component: inject.outer_modules(module) for component, module in components.items()}
     settings = {component: BOFTConfig.from_dict(values) for component, values in config["config"].items()}
     adapters: dict[str, dict[str, ButterflyAdapter]] = {component: {} for component in components}
@@ -319,14 +362,40 @@ def _build_adapters(
         adapter = ButterflyAdapter(settings[component], entry["in"], entry["out"], device="meta")
         adapters[component][module_name] = adapter.requires_grad_(False)
         shapes.update({f"{key}.boft_{part}": tuple(p.shape) for part, p in adapter.named_parameters()})
+    heads = {
+        component: _empty_head(components[component], entry, path, vae_scale_factor)
+        for component, entry in config["control"].items()
+    }
+    for component, head in heads.items():
+        shapes.update({_head_key(component, part): tuple(p.shape) for part, p in head.named_parameters()})
     tensors = _read_tensors(path, shapes)
+    for component, head in heads.items():
+        device = components[component].conv_in.weight.device
+        parts = [part for part, _ in head.named_parameters()]
+        head.load_state_dict({part: tensors[_head_key(component, part)].to(device) for part in parts}, assign=True)
+        head.requires_grad_(False)
     for component, by_module in adapters.items():
         for module_name, adapter in by_module.items():
             device = inject.base_of(modules[component][module_name]).weight.device
             parts = [part for part, _ in adapter.named_parameters()]
             values = {part: tensors[f"{component}.{module_name}.boft_{part}"].to(device) for part in parts}
             adapter.load_state_dict(values, assign=True)
-    return adapters
+    return adapters, heads
+
+
+def _empty_head(module: nn.Module, entry: Mapping[str, Any], path: Path, vae_scale_factor: int | None) -> ControlHead:
+    """The head that the config describes, on no device until its tensors have been checked."""
+    try:
+        head = ControlHead(entry["out_channels"], entry["downscale"], entry["kind"], device="meta")
+        check_head(module, head)
+    except BOFTError as error:
+        raise BOFTError(f"'{path}': {error}") from None
+    if vae_scale_factor not in (None, head.downscale):
+        raise BOFTError(
+            f"'{path}': its control head reduces a picture {head.downscale} times, "
+            f"this pipeline's VAE {vae_scale_factor} times"
+        )
+    return head
 
 
 def _require_same_layer(base: nn.Module, key: str, entry: Mapping[str, Any], path: Path) -> None:

@@ -20,12 +20,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import boft
+from boft import inject
 from boft.config import TrainingConfig, as_plain
+from boft.control_image import accept_control_images
 from boft.data import PictureSequence, Sequences
 from boft.errors import BOFTError
 from boft.latents import cache_latents, cache_prompts, encode_prompts
 from boft.pipeline import load_pipeline
 from boft.training import DenoisingObjective, Run
+
+# Embeddings of more distinct prompts than this (0.25 GB of Stable Diffusion 1.5's) are computed anew each step.
+MOST_CACHED_PROMPTS = 1024
 
 
 def start(config: TrainingConfig) -> Accelerator:
@@ -107,11 +112,12 @@ def _check_base_model(pipe: DiffusionPipeline, config: TrainingConfig) -> None:
 
 
 def add_adapters(
-    pipe: DiffusionPipeline, config: TrainingConfig, checkpoint: Path | None = None
+    pipe: DiffusionPipeline, config: TrainingConfig, checkpoint: Path | None = None, control: str | None = None
 ) -> dict[str, nn.Module]:
     """Inject new adapters, or a checkpoint's, into the UNet and, when asked, the text encoder; returns these by name.
 
-    Raises BOFTError for layers that do not fit, or a checkpoint made with other adapter settings.
+    `control` names what control images show; the UNet's adapter then has a control head. Raises BOFTError for layers
+    that do not fit, or a checkpoint made with other adapter settings.
     """
     modules = {"unet": pipe.unet}
     if config.train_text_encoder:
@@ -120,10 +126,19 @@ def add_adapters(
     if checkpoint is None:
         for name, module in modules.items():
             boft.add_adapter(module, adapters[name])
+        if control is not None:
+            boft.add_control_head(pipe.unet, control, downscale=pipe.vae_scale_factor)
     else:
-        saved = boft.load_adapter(modules, checkpoint, trainable=True)["config"]
-        if saved != {name: settings.to_dict() for name, settings in adapters.items()}:
-            raise BOFTError(f"{checkpoint} was made with other adapter settings: {saved}; resume with the same.")
+        saved = boft.load_adapter(modules, checkpoint, trainable=True)
+        if saved["config"] != {name: settings.to_dict() for name, settings in adapters.items()}:
+            raise BOFTError(
+                f"{checkpoint} was made with other adapter settings: {saved['config']}; resume with the same."
+            )
+        kinds = [head["kind"] for head in saved["control"].values()]
+        if kinds != [control] * (control is not None):
+            raise BOFTError(f"{checkpoint} follows {kinds[0] if kinds else 'no control image'}; resume with the same.")
+    if control is not None:
+        accept_control_images(pipe)
     for module in modules.values():
         # Gradient checkpointing and multiplicative dropout act in training mode only.
         module.train()
@@ -158,34 +173,41 @@ def prepare(
     accelerator: Accelerator,
 ) -> Run:
     """A run at step 0 around adapters that are in place. What can be cached is, and its encoder leaves the device."""
-    if not any(sequence.random_crop for sequence in sequences):
+    if getattr(config, "cache_latents", True) and not any(sequence.random_crop for sequence in sequences):
         for sequence in sequences:
             cache_latents(pipe.vae, sequence, progress=accelerator.is_local_main_process)
-    if config.train_text_encoder:
-        encode = partial(encode_prompts, pipe)
-    else:
-        encode = cache_prompts(pipe, sorted({prompt for sequence in sequences for prompt in sequence.prompts}))
+    prompts = sorted({prompt for sequence in sequences for prompt in sequence.prompts})
+    caches_prompts = not config.train_text_encoder and len(prompts) <= MOST_CACHED_PROMPTS
+    encode = cache_prompts(pipe, prompts) if caches_prompts else partial(encode_prompts, pipe)
     noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     objective = DenoisingObjective(modules, noise_scheduler, encode, config)
     optimizer = make_optimizer(modules, config, accelerator.num_processes)
     lr_scheduler = make_schedule(optimizer, config)
     objective, optimizer = accelerator.prepare(objective, optimizer)
-    run = Run(config, accelerator, modules, pipe, Sequences(*sequences), objective, optimizer, lr_scheduler)
+    run = Run(
+        config,
+        accelerator,
+        modules,
+        pipe,
+        Sequences(*sequences),
+        objective,
+        optimizer,
+        lr_scheduler,
+        caches_prompts=caches_prompts,
+    )
     run.park_encoders()
     return run
 
 
 def make_optimizer(modules: Mapping[str, nn.Module], config: TrainingConfig, processes: int = 1) -> Optimizer:
-    """AdamW, 8-bit AdamW or Prodigy over the adapters, each component at its own rate.
+    """AdamW, 8-bit AdamW or Prodigy over the adapters and the control head, each at its own rate.
 
     Raises BOFTError for an optimizer that is not installed.
     """
     factor = config.gradient_accumulation_steps * config.train_batch_size * processes if config.scale_lr else 1
-    rates = {"unet": config.learning_rate, "text_encoder": config.text_encoder_learning_rate or config.learning_rate}
     groups = []
-    for name, module in modules.items():
-        parameters = boft.trainable_parameters(module)
-        rate = {"name": name, "lr": rates[name] * factor}
+    for name, parameters in trained_parts(modules).items():
+        rate = {"name": name, "lr": (getattr(config, f"{name}_learning_rate", None) or config.learning_rate) * factor}
         # Decay pulls a rotation towards the base model; an output scale, which starts at 1, it would only shrink.
         skews = [parameter for parameter in parameters if parameter.ndim > 1]
         vectors = [parameter for parameter in parameters if parameter.ndim == 1]
@@ -200,6 +222,17 @@ def make_optimizer(modules: Mapping[str, nn.Module], config: TrainingConfig, pro
     if config.use_8bit_adam:
         return _optional("bitsandbytes", "--use_8bit_adam").optim.AdamW8bit(groups, **options)
     return torch.optim.AdamW(groups, **options)
+
+
+def trained_parts(modules: Mapping[str, nn.Module]) -> dict[str, list[nn.Parameter]]:
+    """What trains, by the name of its learning rate: each component's adapter, and the control head."""
+    parts = {name: boft.trainable_parameters(module) for name, module in modules.items()}
+    head = [parameter for part in inject.selected_heads(modules["unet"]) for parameter in part.parameters()]
+    if head:
+        own = {id(parameter) for parameter in head}
+        parts["unet"] = [parameter for parameter in parts["unet"] if id(parameter) not in own]
+        parts["control"] = head
+    return parts
 
 
 def make_schedule(optimizer: Optimizer, config: TrainingConfig) -> LRScheduler:

@@ -47,7 +47,7 @@ def write_adapter(run: Run, directory: Path) -> None:
         run.modules,
         directory,
         base_model=run.config.pretrained_model_name_or_path,
-        prompts=run.prompts,
+        prompts=run.recorded_prompts,
         step=run.step,
         extra={"training": as_plain(run.config)},
     )

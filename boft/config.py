@@ -156,6 +156,51 @@ class DreamBoothConfig(TrainingConfig):
             raise BOFTError(f"--class_data_dir and --instance_data_dir are the same folder, {self.class_data_dir}.")
 
 
+CONTROLS = ("landmarks", "segmentation", "canny")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ControllableConfig(TrainingConfig):
+    """Settings of `train_controllable_boft.py`: pictures that follow a control image."""
+
+    control: str = setting("what the control images show", choices=CONTROLS)
+    train_data_file: str | None = setting("JSONL of pairs: image, conditioning_image, text a line", None)
+    dataset_name: str | None = setting("instead: a Hub dataset id, or the folder of a local data set", None)
+    dataset_config_name: str | None = setting("configuration of the data set", None)
+    image_column: str = setting("picture column of the data set", "image")
+    conditioning_image_column: str = setting("control image column of the data set", "conditioning_image")
+    caption_column: str = setting("prompt column of the data set", "text")
+    train_data_dir: str | None = setting("instead: a folder of captioned pictures, with --make_control", None)
+    make_control: bool = setting("make the control images from the pictures: canny, or landmarks of faces", False)
+    max_train_samples: int | None = setting("use no more pairs than this", None, minimum=1)
+    proportion_empty_prompts: float = setting("share of steps without a prompt", 0.0, minimum=0, maximum=1)
+    cache_latents: bool = setting("encode all pictures once, at the start; not for more than memory holds", True)
+    control_learning_rate: float | None = setting("the control head's; default: the same", None, above=0)
+
+    validation_data_file: str | None = setting("JSONL of pairs to draw and measure on a schedule", None)
+    num_validation_pairs: int = setting("use the first so many of them", 16, minimum=1)
+    condition_detector: str | None = setting(
+        "module:function, pictures → landmarks [N, K, 2] or class maps [N, H, W], for the condition error", None
+    )
+    segmentation_classes: int = setting("classes of the segmentation maps", 150, minimum=2)
+
+    def check(self) -> None:
+        """Raise BOFTError for settings that contradict one another."""
+        super().check()
+        sources = ("train_data_file", "dataset_name", "train_data_dir")
+        given = [name for name in sources if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise BOFTError(f"give one of {', '.join('--' + name for name in sources)}, not {len(given)} of them.")
+        if self.train_data_dir is not None and not self.make_control:
+            raise BOFTError("--train_data_dir holds pictures without control images, so it needs --make_control.")
+        if self.train_data_file is not None and self.make_control:
+            raise BOFTError("--train_data_file names the control images, so --make_control has no use.")
+        if self.make_control and self.control == "segmentation":
+            raise BOFTError("--make_control makes canny and landmarks; segmentation maps are given, not made.")
+        if self.validation_prompts:
+            raise BOFTError("--validation_prompts has no use here: --validation_data_file has prompts of its own.")
+
+
 def read_settings(config_class: type[Settings], argv: Sequence[str] | None = None, prog: str | None = None) -> Settings:
     """Settings from `--config FILE.yaml` and the command line, checked.
 

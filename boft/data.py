@@ -1,10 +1,13 @@
-"""Training pictures: a folder or Hub dataset → captioned pictures → an endless seeded sequence of views of them."""
+"""Training pictures: a folder or Hub dataset → captioned pictures → an endless seeded sequence of views of them.
+
+Pictures that come with a control image are read in `boft.pairs`; from there on they are the same.
+"""
 
 import dataclasses
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +23,38 @@ from boft.seeding import Stream, derive_seed, generator_at
 PICTURE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 METADATA = "metadata.jsonl"
 
+# A file, a picture, or what opens one when called.
+Source = Path | Image.Image | Callable[[], Image.Image]
+
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionedPicture:
-    """A picture that was opened once, and so is known to be whole; `size` is (width, height), upright."""
+    """A picture that is known to be there; `size` is (width, height), upright.
+
+    It may have a control image of the same size, `control`, or a way to make that from the picture, `make_control`.
+    """
 
     name: str
-    source: Path | Image.Image
+    source: Source
     prompt: str
     size: tuple[int, int]
+    control: Source | None = None
+    make_control: Callable[[Image.Image], Image.Image] | None = None
 
     def open(self) -> Image.Image:
-        return read_picture(self.source)
+        return read_picture(self.source, self.name)
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether it has a control image."""
+        return self.control is not None or self.make_control is not None
+
+    def open_control(self) -> Image.Image:
+        if self.make_control is not None:
+            return self.make_control(self.open())
+        return read_picture(self.control, f"{self.name} (control image)")
 
 
 def read_subject(config: DreamBoothConfig) -> list[CaptionedPicture]:
@@ -78,13 +99,20 @@ def picture_files(folder: Path) -> list[Path]:
     )
 
 
-def read_picture(source: Path | Image.Image) -> Image.Image:
+def open_source(source: Source) -> Image.Image:
+    """The picture, of which a file's header alone has been read."""
+    if callable(source):
+        return source()
+    return source if isinstance(source, Image.Image) else Image.open(source)
+
+
+def read_picture(source: Source, name: str | None = None) -> Image.Image:
     """An RGB picture, upright by its EXIF rotation; transparent parts become white.
 
-    Raises BOFTError naming a file that cannot be decoded.
+    Raises BOFTError with `name`, by default the file's, for a picture that cannot be decoded.
     """
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
+        image = open_source(source)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
             # Pillow clips 16-bit grey to 8 bits, which turns nearly everything white.
@@ -95,7 +123,7 @@ def read_picture(source: Path | Image.Image) -> Image.Image:
         return image.convert("RGB")
     # Pillow's decoders raise these, depending on the format and on where the file breaks.
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise BOFTError(f"The picture {source} cannot be read: {error}.") from None
+        raise BOFTError(f"The picture {name or source} cannot be read: {error}.") from None
 
 
 def view(image: Image.Image, resolution: int, offset: float = 0.5, flip: bool = False) -> torch.Tensor:
@@ -103,27 +131,52 @@ def view(image: Image.Image, resolution: int, offset: float = 0.5, flip: bool = 
 
     `offset` in 0 … 1 moves the square along the longer side, 0.5 is the middle; `flip` mirrors left and right.
     """
+    return _pixels(square(image, resolution, offset, flip)) / 127.5 - 1
+
+
+def control_view(image: Image.Image, resolution: int, offset: float = 0.5, flip: bool = False) -> torch.Tensor:
+    """The same part of a control image as `view` takes of its picture: [3, resolution, resolution] in 0 … 1.
+
+    Its colours are kept as they are, since a blend of two classes' colours would be a third class.
+    """
+    return _pixels(square(image, resolution, offset, flip, Image.Resampling.NEAREST)) / 255
+
+
+def _pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+
+
+def square(
+    image: Image.Image,
+    resolution: int,
+    offset: float = 0.5,
+    flip: bool = False,
+    resampling: Image.Resampling = Image.Resampling.LANCZOS,
+) -> Image.Image:
+    """The part of a picture that `view` takes, as a picture."""
     left, top = (round(offset * (side - min(image.size))) for side in image.size)
     box = (left, top, left + min(image.size), top + min(image.size))
     # Cropped first: resizing with a box would mix in pixels from outside it.
-    square = image.crop(box).resize((resolution, resolution), Image.Resampling.LANCZOS)
-    if flip:
-        square = ImageOps.mirror(square)
-    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)
-    return pixels.float() / 127.5 - 1
+    square = image.crop(box).resize((resolution, resolution), resampling)
+    return ImageOps.mirror(square) if flip else square
 
 
 class PictureSequence(Dataset):
     """An endless sequence of views of some pictures; its n-th item is a pure function of (seed, stream, n).
 
     Each pass over the pictures has an order of its own. With `latents` set (see `boft.latents.cache_latents`) an item
-    carries the posterior of its view instead of pixels.
+    carries the posterior of its view instead of pixels. A share `empty_prompts` of the items has no prompt.
     """
 
     def __init__(
-        self, pictures: Sequence[CaptionedPicture], config: TrainingConfig, stream: Stream, loss_weight: float = 1.0
+        self,
+        pictures: Sequence[CaptionedPicture],
+        config: TrainingConfig,
+        stream: Stream,
+        loss_weight: float = 1.0,
+        empty_prompts: float = 0.0,
     ):
-        self.pictures = list(pictures)
+        self.pictures, self.empty_prompts = list(pictures), empty_prompts
         self.seed, self.stream, self.loss_weight = config.seed, stream, loss_weight
         self.resolution, self.random_flip = config.resolution, config.random_flip
         self.random_crop = not config.center_crop and any(picture.size[0] != picture.size[1] for picture in pictures)
@@ -136,23 +189,28 @@ class PictureSequence(Dataset):
 
     @property
     def prompts(self) -> list[str]:
-        """The distinct prompts, sorted."""
-        return sorted({picture.prompt for picture in self.pictures})
+        """The distinct prompts that occur, sorted."""
+        return sorted({picture.prompt for picture in self.pictures} | ({""} if self.empty_prompts else set()))
 
     def __getitem__(self, n: int) -> dict[str, Any]:
-        """Item n: `seed` of its noise, `prompt`, `loss_weight`; `pixels` [3, R, R] or `latent_mean`, `latent_std`."""
+        """Item n: `seed` of its noise, `prompt`, `loss_weight`; `pixels` [3, R, R] or `latent_mean`, `latent_std`.
+
+        `control` [3, R, R] where the picture has a control image, flipped and cropped as the picture is.
+        """
         epoch, position = divmod(n, len(self.pictures))
         order = torch.randperm(len(self.pictures), generator=generator_at(self.seed, Stream.ORDER, self.stream, epoch))
         index = int(order[position])
         seed = derive_seed(self.seed, self.stream, n)
-        flip_draw, offset = torch.rand(2, generator=torch.Generator().manual_seed(seed)).tolist()
-        flip = self.random_flip and flip_draw < 0.5
+        flip_draw, offset, empty_draw = torch.rand(3, generator=torch.Generator().manual_seed(seed)).tolist()
+        flip, offset = self.random_flip and flip_draw < 0.5, offset if self.random_crop else 0.5
         picture = self.pictures[index]
-        item = {"seed": derive_seed(seed), "prompt": picture.prompt, "loss_weight": self.loss_weight}
+        prompt = "" if empty_draw < self.empty_prompts else picture.prompt
+        item = {"seed": derive_seed(seed), "prompt": prompt, "loss_weight": self.loss_weight}
+        if picture.is_pair:
+            item["control"] = control_view(picture.open_control(), self.resolution, offset, flip)
         if self.latents is not None:
             mean, std = self.latents
             return item | {"latent_mean": mean[index, int(flip)], "latent_std": std[index, int(flip)]}
-        offset = offset if self.random_crop else 0.5
         return item | {"pixels": view(picture.open(), self.resolution, offset, flip)}
 
 
@@ -233,22 +291,8 @@ def _metadata_captions(folder: Path) -> dict[str, str]:
 
 def _read_hub(config: DreamBoothConfig) -> list[CaptionedPicture]:
     source = config.instance_data_dir
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise BOFTError(
-            f"--instance_data_dir {source} is not a folder, and a Hub dataset needs: pip install datasets."
-        ) from None
-    try:
-        rows = load_dataset(source, config.dataset_config_name, split="train")
-    except Exception as error:  # whatever the Hub client raises: network, permission, no such dataset or configuration
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BOFTError(
-            f"--instance_data_dir {source} is neither a folder nor a Hub dataset that could be fetched: {reason}"
-        ) from error
-    for column in filter(None, (config.image_column, config.caption_column)):
-        if column not in rows.column_names:
-            raise BOFTError(f"{source} has no column {column!r}; its columns are {', '.join(rows.column_names)}.")
+    rows = load_rows(source, config.dataset_config_name, "--instance_data_dir")
+    check_columns(source, rows, [column for column in (config.image_column, config.caption_column) if column])
     return [
         _captioned(
             f"{source} row {number}",
@@ -257,3 +301,26 @@ def _read_hub(config: DreamBoothConfig) -> list[CaptionedPicture]:
         )
         for number, row in enumerate(rows)
     ]
+
+
+def load_rows(source: str, configuration: str | None, flag: str) -> Any:
+    """The train split of a data set on the Hub or on disk. Raises BOFTError, naming the flag, where there is none."""
+    try:
+        from datasets import DatasetDict, load_dataset, load_from_disk
+    except ImportError:
+        raise BOFTError(f"{flag} {source} is a data set, which needs: pip install datasets.") from None
+    try:
+        if Path(source, "state.json").is_file() or Path(source, "dataset_dict.json").is_file():
+            saved = load_from_disk(source)
+            return saved["train"] if isinstance(saved, DatasetDict) else saved
+        return load_dataset(source, configuration, split="train")
+    except Exception as error:  # whatever the Hub client raises: network, permission, no such dataset or configuration
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BOFTError(f"{flag} {source} is neither a folder nor a data set that could be loaded: {reason}") from error
+
+
+def check_columns(source: str, rows: Any, columns: Sequence[str]) -> None:
+    """BOFTError unless a data set has these columns."""
+    for column in columns:
+        if column not in rows.column_names:
+            raise BOFTError(f"{source} has no column {column!r}; its columns are {', '.join(rows.column_names)}.")

@@ -21,13 +21,13 @@ for `{base_model}`, m = {m} butterfly factors, {geometry}, after {step} training
 {picture}
 ```python
 import torch
-from diffusers import DiffusionPipeline
+{imports}from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 import boft
 
 pipe = DiffusionPipeline.from_pretrained({base_model_text})
 boft.load_adapter(pipe, snapshot_download({repository_text}))
-image = pipe({prompt_text}, generator=torch.Generator().manual_seed(0)).images[0]
+image = pipe({prompt_text}{control}, generator=torch.Generator().manual_seed(0)).images[0]
 ```
 
 Trained on the prompts:
@@ -52,10 +52,12 @@ def repository_name(config: TrainingConfig) -> str:
 def write_model_card(run: Run, pictures: list[str]) -> Path:
     """Write README.md into the output directory: what the adapter is, how to use it, the named pictures shown."""
     config = run.config
+    # What its control images show, None for a subject.
+    follows = getattr(config, "control", None)
     data = ModelCardData(
         base_model=config.pretrained_model_name_or_path,
         library_name="diffusers",
-        tags=["text-to-image", "diffusers", "boft", "dreambooth"],
+        tags=["text-to-image", "diffusers", "boft", follows or "dreambooth"],
     )
     text = CARD.format(
         metadata=data.to_yaml(),
@@ -63,12 +65,14 @@ def write_model_card(run: Run, pictures: list[str]) -> Path:
         base_model=config.pretrained_model_name_or_path,
         base_model_text=json.dumps(config.pretrained_model_name_or_path),
         repository_text=json.dumps(repository_name(config)),
-        prompt_text=json.dumps(run.prompts[0]),
+        prompt_text=json.dumps(next(filter(None, run.prompts), "")),
+        imports="from PIL import Image\n" if follows else "",
+        control=', control_image=Image.open("control.png")' if follows else "",
         m=config.boft_m,
         geometry=f"block size {config.boft_b}" if config.boft_b else f"r = {config.boft_r or 16} blocks",
         step=run.step,
         picture="".join(f"\n![{name}]({name})\n" for name in pictures),
-        prompts="\n".join(f"- {prompt}" for prompt in run.prompts),
+        prompts="\n".join(f"- {prompt}" for prompt in run.recorded_prompts) or "- a caption for each picture",
         settings=SETTINGS_FILE,
     )
     card = run.output_dir / "README.md"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from boft.adapter_config import ALL_LINEAR, BOFTConfig
+from boft.control import ControlHead, attach_head, detach_head, first_channels, heads_of
 from boft.errors import BOFTError
 from boft.layers import BOFTLayer, ButterflyAdapter, layer_width, wrap
 
@@ -42,6 +43,22 @@ def add_adapter(model: nn.Module, config: BOFTConfig, name: str = "default") -> 
     train_only(model, adapters.values())
 
 
+def add_control_head(model: nn.Module, kind: str = "", *, downscale: int = 8, name: str = "default") -> None:
+    """Give an adapter of a UNet a control head, trainable and zero, so that the model computes what it did before.
+
+    kind        what the control images show, such as "landmarks"; recorded, and named in errors
+    downscale   the VAE's: pixels of a control image to a side of a latent, `pipe.vae_scale_factor`
+    Errors: no such adapter, one that has a head, a model without a plain `conv_in`.
+    """
+    model = unwrap(model)
+    _require_adapter(model, name)
+    if (heads := heads_of(model)) and name in heads.heads:
+        raise BOFTError(f"the adapter '{name}' has a control head already")
+    channels = first_channels(model)
+    attach_head(model, ControlHead(channels, downscale, kind, model.conv_in.weight.device), name)
+    heads_of(model).active = tuple(active_adapters(model))
+
+
 def find_targets(model: nn.Module, config: BOFTConfig) -> dict[str, nn.Module]:
     """The modules that the config's `target_modules` name, by dotted name; all are checked to carry the adapter."""
     modules = outer_modules(model)
@@ -64,6 +81,8 @@ def find_targets(model: nn.Module, config: BOFTConfig) -> dict[str, nn.Module]:
 def attach(model: nn.Module, adapters: Mapping[str, ButterflyAdapter], name: str) -> None:
     """Put ready-made adapters, by dotted layer name, under one adapter name, and make that the active one."""
     require_free_name(model, name)
+    if heads_of(model) and "conv_in" in adapters:
+        raise BOFTError("layer 'conv_in' cannot be adapted under a control head, which adds to its output")
     modules = outer_modules(model)
     layers = {target: modules[target] for target in adapters}
     wrapped = {target: layer if isinstance(layer, BOFTLayer) else wrap(layer) for target, layer in layers.items()}
@@ -74,8 +93,8 @@ def attach(model: nn.Module, adapters: Mapping[str, ButterflyAdapter], name: str
     set_adapter(model, name)
 
 
-def train_only(model: nn.Module, adapters: Iterable[ButterflyAdapter]) -> None:
-    """Make these adapters trainable and freeze everything else, marked so that `remove_adapter` can thaw it."""
+def train_only(model: nn.Module, adapters: Iterable[nn.Module]) -> None:
+    """Make these adapters and heads trainable and freeze all else, marked so that `remove_adapter` can thaw it."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.requires_grad_(False)
@@ -109,7 +128,10 @@ def remove_adapter(model: nn.Module, name: str = "default") -> None:
 
 
 def detach(model: nn.Module, name: str) -> None:
-    """Take one adapter out of every layer, and the BOFT layers left without any out of the model."""
+    """Take one adapter and its control head out, and the BOFT layers left without any adapter out of the model."""
+    detach_head(model, name)
+    if heads := heads_of(model):
+        heads.active = tuple(other for other in heads.active if other != name)
     for layer in boft_layers(model).values():
         layer.active = tuple(other for other in layer.active if other != name)
         if name in layer.adapters:
@@ -140,6 +162,8 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     for layer in boft_layers(model).values():
         layer.active = names
         layer.drop_cache()
+    if heads := heads_of(unwrap(model)):
+        heads.active = names
 
 
 @contextmanager
@@ -154,8 +178,16 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def trainable_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
-    """The parameters of the named adapter (default: the active ones) that require a gradient, in module order."""
-    return [p for adapter in selected_adapters(model, name) for p in adapter.parameters() if p.requires_grad]
+    """The parameters of the named adapter (default: the active ones) that require a gradient, a control head's last."""
+    modules = [*selected_adapters(model, name), *selected_heads(model, name)]
+    return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+
+def selected_heads(model: nn.Module, name: str | None = None) -> list[ControlHead]:
+    """The control head of the named adapter (default: of the active ones), where there is one."""
+    heads = heads_of(unwrap(model))
+    names = active_adapters(model) if name is None else [name]
+    return [heads.heads[wanted] for wanted in names if heads and wanted in heads.heads]
 
 
 def set_factors(model: nn.Module, factors: Factors, *, name: str | None = None, scale_and_bias: str = "follow") -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
+from boft.control import heads_of
 from boft.errors import BOFTError
 from boft.schedulers import check_scheduler, make_scheduler
 
@@ -89,6 +90,8 @@ def generate(
     negative_prompt: str | None = None,
     height: int | None = None,
     width: int | None = None,
+    control_images: Sequence[Image.Image] | None = None,
+    control_scale: float = 1.0,
     batch_size: int = 4,
     progress: bool = False,
 ) -> list[Image.Image]:
@@ -102,27 +105,35 @@ def generate(
         prompts, seeds: of one length N.
         steps: denoising steps. guidance: classifier-free guidance scale; 1 or less switches it off.
         height, width: in pixels; by default the size that the model was trained for.
+        control_images: for an adapter with a control head, one for all pictures or one each, as large as the pictures.
+        control_scale: how strongly they are followed; 0 ignores them.
         batch_size: pictures drawn at once. progress: show a bar, counted in denoising steps.
 
     Returns:
         N RGB pictures, in order.
 
     Raises:
-        BOFTError: lengths that differ, no steps, an empty batch, or a size that the latents cannot express.
+        BOFTError: lengths that differ, no steps, an empty batch, a size that the latents cannot express, or a control
+            image that is missing, not wanted, or of another size than the picture.
     """
     if isinstance(prompts, str) or len(prompts) != len(seeds):
         raise BOFTError(f"generate needs one seed for each prompt in a list, not {len(seeds)} for {prompts!r}")
     _check_sizes(pipe, steps, batch_size, height, width)
     pairs = list(zip(prompts, seeds, strict=True))
-    batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+    controls = _control_images(pipe, control_images, len(pairs))
+    starts = range(0, len(pairs), batch_size)
 
     def advance(pipe: DiffusionPipeline, step: int, timestep: int, tensors: dict) -> dict:
         bar.update()
         return tensors
 
     pictures = []
-    with _evaluating(pipe), _silent(pipe), tqdm(total=steps * len(batches), unit="step", disable=not progress) as bar:
-        for batch in batches:
+    with _evaluating(pipe), _silent(pipe), tqdm(total=steps * len(starts), unit="step", disable=not progress) as bar:
+        for start in starts:
+            batch = pairs[start : start + batch_size]
+            control = {}
+            if controls is not None:
+                control = {"control_image": controls[start : start + batch_size], "control_scale": control_scale}
             pictures += pipe(
                 prompt=[prompt for prompt, _ in batch],
                 generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
@@ -132,8 +143,23 @@ def generate(
                 height=height,
                 width=width,
                 callback_on_step_end=advance,
+                **control,
             ).images
     return pictures
+
+
+def _control_images(
+    pipe: DiffusionPipeline, images: Sequence[Image.Image] | None, count: int
+) -> Sequence[Image.Image] | None:
+    """One control image for each of `count` pictures, or None where none are wanted."""
+    if images is None:
+        return None
+    heads = heads_of(pipe.unet)
+    if not (heads and heads.active_heads()):
+        raise BOFTError("a control image was given, but the adapter has no control head; leave it out")
+    if len(images) not in (1, count):
+        raise BOFTError(f"{len(images)} control images do not go with {count} pictures; give one, or one each")
+    return list(images) * count if len(images) == 1 else images
 
 
 def _check_sizes(pipe: DiffusionPipeline, steps: int, batch_size: int, height: int | None, width: int | None) -> None:

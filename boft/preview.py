@@ -37,7 +37,7 @@ def draw_previews(run: Run) -> None:
             rows = [("", [picture for (picture,) in drawn.values()], list(drawn))]
         picture_grid(rows).save(folder / f"step-{run.step:06d}.png")
         for prompt, pictures in drawn.items():
-            _track(run, f"preview/{prompt}", pictures)
+            track_pictures(run, f"preview/{prompt}", pictures)
     run.accelerator.wait_for_everyone()
 
 
@@ -135,7 +135,8 @@ def class_prompt(config: DreamBoothConfig, number: int) -> str:
     return config.class_prompt[number % len(config.class_prompt)]
 
 
-def _track(run: Run, tag: str, pictures: list[Image.Image]) -> None:
+def track_pictures(run: Run, tag: str, pictures: list[Image.Image]) -> None:
+    """Log pictures of one size under a tag to the trackers that show pictures."""
     for tracker in run.accelerator.trackers:
         if tracker.name == "tensorboard":
             stack = np.stack([np.asarray(picture) for picture in pictures])

@@ -19,6 +19,7 @@ class Stream(IntEnum):
     ORDER = 3
     DROPOUT = 4
     CLASS_PICTURE = 5
+    VALIDATION = 6
 
 
 def derive_seed(seed: int, *position: int) -> int:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from boft.config import TrainingConfig
+from boft.control import following
 from boft.data import Sequences, collate, sample_numbers
 from boft.errors import BOFTError
 from boft.latents import Conditioning, encode_pictures
@@ -27,6 +28,7 @@ from boft.program import stop_signals
 from boft.seeding import Stream, derive_seed
 
 Batch = dict[str, Any]
+MOST_RECORDED_PROMPTS = 64
 
 
 class DenoisingObjective(nn.Module):
@@ -48,9 +50,10 @@ class DenoisingObjective(nn.Module):
         self.noise_scheduler, self.encode, self.config = noise_scheduler, encode, config
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Batch: latent_mean and latent_std, seed (a list of B), prompt (a list of B), loss_weight."""
+        """Batch: latent_mean and latent_std, seed and prompt (lists of B), loss_weight; control for a control head."""
         mean = batch["latent_mean"]  # [B, C, h, w]
         std = batch["latent_std"]  # [B, C, h, w]
+        control = batch.get("control")  # [B, 3, H, W]
         generators = [torch.Generator().manual_seed(seed) for seed in batch["seed"]]
         unet, schedule, config = self.adapted["unet"], self.noise_scheduler, self.config
 
@@ -61,7 +64,8 @@ class DenoisingObjective(nn.Module):
 
         conditioning = self.encode(batch["prompt"])
         embeddings = conditioning["encoder_hidden_states"]  # [B, L, D]
-        prediction = unet(noised.to(embeddings.dtype), timesteps, **conditioning).sample  # [B, C, h, w]
+        with following(unet, control):
+            prediction = unet(noised.to(embeddings.dtype), timesteps, **conditioning).sample  # [B, C, h, w]
 
         target = prediction_target(schedule, latents, noise, timesteps)  # [B, C, h, w]
         errors = denoising_losses(prediction, target)  # [B]
@@ -83,6 +87,7 @@ class Run:
     optimizer: Optimizer
     lr_scheduler: LRScheduler
     step: int = 0
+    caches_prompts: bool = True  # so that the text encoder is idle
 
     @property
     def output_dir(self) -> Path:
@@ -92,6 +97,11 @@ class Run:
     def prompts(self) -> list[str]:
         """The distinct prompts of the training pictures."""
         return sorted({prompt for sequence in self.data.sequences for prompt in sequence.prompts})
+
+    @property
+    def recorded_prompts(self) -> list[str]:
+        """The prompts as files record them: a subject's; none of a data set in which every picture has its own."""
+        return self.prompts if len(self.prompts) <= MOST_RECORDED_PROMPTS else []
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -132,7 +142,7 @@ class Run:
         """Move the VAE and the text encoder off the device where caches have made them idle."""
         if all(sequence.latents is not None for sequence in self.data.sequences):
             self.pipe.vae.to("cpu")
-        if "text_encoder" not in self.modules:
+        if self.caches_prompts:
             self.pipe.text_encoder.to("cpu")
 
     @contextmanager

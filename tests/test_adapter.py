@@ -101,7 +101,7 @@ def test_the_file_is_as_documented_and_describes_itself(base, tmp_path):
     config = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
     with safe_open(directory / WEIGHTS_NAME, framework="pt") as file:
         assert json.loads(file.metadata()["boft"]) == config
-    assert (config["format"], config["format_version"], config["boft_version"]) == ("boft", 1, boft.__version__)
+    assert (config["format"], config["format_version"], config["boft_version"]) == ("boft", 2, boft.__version__)
     assert {key: config[key] for key in facts} == facts and config["extra"] == {"seed": 3}
     assert boft.BOFTConfig.from_dict(config["config"]["unet"]) == boft.BOFTConfig(**SETTINGS)
     assert config["layers"] == {
@@ -324,7 +324,7 @@ BAD_FILES = {
     "not text": (write(CONFIG_NAME, b"\xff\xfe\x00"), "cannot be read"),
     "a list": (write(CONFIG_NAME, b"[]"), "is not a JSON object"),
     "another method": (write(CONFIG_NAME, b'{"peft_type": "BOFT"}'), "its format is None, not 'boft'"),
-    "a later version": (edit_config(lambda c: c.update(format_version=2)), "has format version 2; this .* reads 1"),
+    "a later version": (edit_config(lambda c: c.update(format_version=3)), "has format version 3; this .* reads 1, 2"),
     "no layers": (edit_config(lambda c: c.pop("layers")), "entry 'layers' is missing or of the wrong type"),
     "layers empty": (edit_config(lambda c: c.update(layers={})), "component 'unet' has no layers"),
     "nothing at all": (edit_config(lambda c: c.update(layers={}, config={})), "describes no layer"),

@@ -194,15 +194,18 @@ def locals_at_return(function: Callable, call: Callable[[], object]) -> dict[str
 def test_the_shape_comments_of_the_step_are_true(make_config):
     config = make_config()
     pipe = tiny_pipeline()
+    boft.add_adapter(pipe.unet, assembly.adapter_settings(config, "unet"))
+    boft.add_control_head(pipe.unet, downscale=2)
     objective = DenoisingObjective({"unet": pipe.unet}, DDPMScheduler(), cache_prompts(pipe, ["a", "b"]), config)
-    # Sizes that all differ: 3 pictures, 4 channels, 8×6 latents, 12 tokens of width 16.
-    batch = {"latent_mean": torch.zeros(3, 4, 8, 6), "latent_std": torch.ones(3, 4, 8, 6)}
-    batch |= {"seed": [1, 2, 3], "prompt": ["a", "b", "a"], "loss_weight": torch.ones(3)}
+    # Sizes that all differ: 5 pictures, 4 channels, 10×14 latents of 3×20×28 control images, 12 tokens of width 16.
+    batch = {"latent_mean": torch.zeros(5, 4, 10, 14), "latent_std": torch.ones(5, 4, 10, 14)}
+    batch |= {"seed": [1, 2, 3, 4, 5], "prompt": ["a", "b", "a", "a", "b"], "loss_weight": torch.ones(5)}
+    batch["control"] = torch.zeros(5, 3, 20, 28)
     seen = locals_at_return(DenoisingObjective.forward, lambda: objective(batch))
     tensors = {name: value for name, value in seen.items() if isinstance(value, torch.Tensor)}
     source = inspect.getsource(DenoisingObjective.forward)
     assert false_shape_comments(source, tensors) == []
-    assert {len(tensors["embeddings"]), *tensors["embeddings"].shape[1:]} == {3, TOKENS, WIDTH}
+    assert {len(tensors["embeddings"]), *tensors["embeddings"].shape[1:]} == {5, TOKENS, WIDTH}
     assert false_shape_comments(source.replace("[B, L, D]", "[B, D, L]"), tensors) == []
     for wrong in ("[B, C, w, h]", "[B, C, h]", "[C, B, h, w]"):
         assert false_shape_comments(source.replace("[B, C, h, w]", wrong, 1), tensors)
