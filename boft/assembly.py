@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from accelerate import Accelerator
@@ -36,12 +35,15 @@ MOST_CACHED_PROMPTS = 1024
 def start(config: TrainingConfig) -> Accelerator:
     """The accelerator, with logging and trackers set up as the settings say.
 
-    Raises BOFTError for a precision that the device lacks, or a tracker that is not installed.
+    Raises BOFTError for a precision that the device lacks, or a tracker or optimizer that is not installed.
     """
     trackers = {"all": ["tensorboard", "wandb"], "none": []}.get(config.report_to, [config.report_to])
-    for tracker in trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise BOFTError(f"--report_to {config.report_to} needs {tracker}: pip install {tracker}.")
+    needed = [(tracker, f"--report_to {config.report_to}") for tracker in trackers]
+    needed += [("prodigyopt", "--optimizer prodigy")] * (config.optimizer == "prodigy")
+    needed += [("bitsandbytes", "--use_8bit_adam")] * config.use_8bit_adam
+    for package, flag in needed:
+        if importlib.util.find_spec(package) is None:
+            raise BOFTError(f"{flag} needs {package}: pip install {package}.")
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
@@ -200,10 +202,7 @@ def prepare(
 
 
 def make_optimizer(modules: Mapping[str, nn.Module], config: TrainingConfig, processes: int = 1) -> Optimizer:
-    """AdamW, 8-bit AdamW or Prodigy over the adapters and the control head, each at its own rate.
-
-    Raises BOFTError for an optimizer that is not installed.
-    """
+    """AdamW, 8-bit AdamW or Prodigy over the adapters and the control head, each at its own rate."""
     factor = config.gradient_accumulation_steps * config.train_batch_size * processes if config.scale_lr else 1
     groups = []
     for name, parameters in trained_parts(modules).items():
@@ -217,10 +216,10 @@ def make_optimizer(modules: Mapping[str, nn.Module], config: TrainingConfig, pro
     options = {"lr": config.learning_rate * factor, "betas": (config.adam_beta1, config.adam_beta2)}
     options |= {"eps": config.adam_epsilon}
     if config.optimizer == "prodigy":
-        prodigy = _optional("prodigyopt", "--optimizer prodigy")
+        prodigy = importlib.import_module("prodigyopt")
         return prodigy.Prodigy(groups, **options, decouple=True, use_bias_correction=True, safeguard_warmup=True)
     if config.use_8bit_adam:
-        return _optional("bitsandbytes", "--use_8bit_adam").optim.AdamW8bit(groups, **options)
+        return importlib.import_module("bitsandbytes").optim.AdamW8bit(groups, **options)
     return torch.optim.AdamW(groups, **options)
 
 
@@ -249,10 +248,3 @@ def make_schedule(optimizer: Optimizer, config: TrainingConfig) -> LRScheduler:
         )
     except (ValueError, IndexError) as error:
         raise BOFTError(f"--lr_scheduler {config.lr_scheduler} cannot be set up: {error}.") from None
-
-
-def _optional(package: str, flag: str) -> ModuleType:
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise BOFTError(f"{flag} needs {package}: pip install {package}.") from None

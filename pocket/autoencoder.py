@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from pocket import world
 from pocket.dataset import Pictures
-from pocket.schedule import Clock, load_checkpoint, log, save_checkpoint, seeded
+from pocket.schedule import Clock, descend, load_checkpoint, log, save_checkpoint, seeded
 from pocket.shapes import random_shapes
 
 CROP = 64
@@ -146,13 +146,8 @@ def train_vae(
                 pixels, mask = batches.crops(settings["batch"], generator)
             else:
                 pixels, mask = batches.whole(settings["whole_batch"], generator)
-            for group in optimizer.param_groups:
-                group["lr"] = settings["learning_rate"] * clock.rate(flat=0.3)
             loss, error = vae_loss(vae, pixels.to(device), mask.to(device), settings, generator)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            descend(loss, optimizer, settings["learning_rate"] * clock.rate(flat=0.3))
             clock.tick()
             bar.update()
             if clock.step % 20 == 0:
@@ -189,17 +184,12 @@ def finish_decoder(
         while clock.progress < 1:
             pixels, _ = batches.whole(settings["whole_batch"], seeded(seed, clock.step))
             pixels = pixels.to(device)
-            for group in optimizer.param_groups:
-                group["lr"] = settings["decoder_rate"] * clock.rate(warmup=50, flat=0.2)
             with torch.autocast(device.type, torch.bfloat16):
                 with torch.no_grad():
                     latents = vae.quant_conv(vae.encoder(pixels)).chunk(2, dim=1)[0]
                 decoded = vae.decoder(vae.post_quant_conv(latents))
             error = ((decoded.float() - pixels) ** 2).mean()
-            error.backward()
-            torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            descend(error, optimizer, settings["decoder_rate"] * clock.rate(warmup=50, flat=0.2))
             clock.tick()
             bar.update()
     decibels = psnr(vae, held_out.images[:64]).mean()

@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from pocket.autoencoder import feature_mask
 from pocket.dataset import Pictures
-from pocket.schedule import Clock, load_checkpoint, log, save_checkpoint, seeded
+from pocket.schedule import Clock, descend, load_checkpoint, log, save_checkpoint, seeded
 
 PREVIEW_PROMPTS = (
     "a man with a beard smiling",
@@ -280,13 +280,8 @@ def train_unet(
     with tqdm(desc="UNet", initial=clock.step, total=None if minutes else clock.steps, unit="step") as bar:
         while clock.progress < 1:
             generator = seeded(seed, clock.step)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * clock.rate()
             loss = denoiser.loss(*batches.draw(generator), generator).mean()
-            loss.backward()
-            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            descend(loss, optimizer, *(rate * clock.rate() for rate in rates))
             clock.tick()
             averaged.update(clock.step)
             bar.update()

@@ -44,6 +44,16 @@ class Clock:
         return 0.5 * (1 + math.cos(math.pi * (self.progress - flat) / (1 - flat)))
 
 
+def descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer, *rates: float) -> None:
+    """One optimizer step down the loss, at these learning rates, one a parameter group; gradients clipped to norm 1."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def seeded(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
     """The random numbers of one step; a resumed run draws what an uninterrupted one would."""
     return torch.Generator(device).manual_seed(seed * 1_000_003 + step)

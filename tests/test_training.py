@@ -398,6 +398,12 @@ def test_what_is_missing_or_does_not_fit_is_named(settings, message, make_config
         make_run(make_config(**settings))
 
 
+def test_a_missing_optimizer_is_known_before_anything_is_loaded(make_config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(BOFTError, match="--use_8bit_adam needs bitsandbytes"):
+        assembly.start(make_config(use_8bit_adam=True))
+
+
 def test_a_base_model_of_another_kind_is_refused(make_config, tmp_path):
     pipe = tiny_pipeline()
     pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config, in_channels=9)
