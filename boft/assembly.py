@@ -26,6 +26,7 @@ from boft.data import PictureSequence, Sequences
 from boft.errors import BOFTError
 from boft.latents import cache_latents, cache_prompts, encode_prompts
 from boft.pipeline import load_pipeline
+from boft.seeding import Stream, derive_seed
 from boft.training import DenoisingObjective, Run
 
 # Embeddings of more distinct prompts than this (0.25 GB of Stable Diffusion 1.5's) are computed anew each step.
@@ -129,7 +130,9 @@ def add_adapters(
         for name, module in modules.items():
             boft.add_adapter(module, adapters[name])
         if control is not None:
-            boft.add_control_head(pipe.unet, control, downscale=pipe.vae_scale_factor)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive_seed(config.seed, Stream.CONTROL_HEAD))
+                boft.add_control_head(pipe.unet, control, downscale=pipe.vae_scale_factor)
     else:
         saved = boft.load_adapter(modules, checkpoint, trainable=True)
         if saved["config"] != {name: settings.to_dict() for name, settings in adapters.items()}:

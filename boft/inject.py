@@ -55,7 +55,8 @@ def add_control_head(model: nn.Module, kind: str = "", *, downscale: int = 8, na
     if (heads := heads_of(model)) and name in heads.heads:
         raise BOFTError(f"the adapter '{name}' has a control head already")
     channels = first_channels(model)
-    attach_head(model, ControlHead(channels, downscale, kind, model.conv_in.weight.device), name)
+    # Initialised on the CPU, so that a seed means the same head on every device.
+    attach_head(model, ControlHead(channels, downscale, kind).to(model.conv_in.weight.device), name)
     heads_of(model).active = tuple(active_adapters(model))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from boft import condition
 from boft.config import ControllableConfig
 from boft.data import CaptionedPicture, Source, check_columns, load_rows, open_source, read_folder
 from boft.errors import BOFTError
@@ -143,17 +144,9 @@ def control_maker(kind: str) -> Callable[[Image.Image], Image.Image]:
 
     Raises BOFTError for a kind that cannot be made from a picture alone, or what it needs not being installed.
     """
-    from boft import condition
-
     if kind == "canny":
         return condition.canny
     if kind == "landmarks":
         condition.require_face_detector()
-        return _drawn_landmarks
+        return condition.draw_face
     raise BOFTError(f"--make_control: a {kind} image cannot be made from a picture; give it in --train_data_file.")
-
-
-def _drawn_landmarks(image: Image.Image) -> Image.Image:
-    from boft import condition
-
-    return condition.draw_landmarks(condition.face_landmarks(image), size=image.size)

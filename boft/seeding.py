@@ -20,6 +20,7 @@ class Stream(IntEnum):
     DROPOUT = 4
     CLASS_PICTURE = 5
     VALIDATION = 6
+    CONTROL_HEAD = 7
 
 
 def derive_seed(seed: int, *position: int) -> int:

@@ -6,6 +6,7 @@ It is small, and independent of the generator: it shares no weights with the VAE
 """
 
 import argparse
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,6 +110,17 @@ class Judge:
     def landmarks(self, images: Sequence[Image.Image] | np.ndarray) -> np.ndarray:
         """Face landmarks in pixels, in the order of `world.LANDMARKS`: float32 [N, K, 2]."""
         return torch.cat([points for _, _, points in self._run(images)]).numpy()
+
+
+@functools.cache
+def shipped_judge() -> Judge:
+    """The judge that comes with the project, loaded once."""
+    return Judge.load()
+
+
+def landmarks(images: Sequence[Image.Image] | np.ndarray) -> np.ndarray:
+    """Face landmarks in pixels by the shipped judge, float32 [N, K, 2]: a `--condition_detector`."""
+    return shipped_judge().landmarks(images)
 
 
 def _as_array(image: Image.Image | np.ndarray) -> np.ndarray:

@@ -1,15 +1,18 @@
 """Settings: flags over file over defaults; every mistake is one sentence that names it."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
 from diffusers.optimization import SchedulerType
 
-from boft.config import SCHEDULES, DreamBoothConfig, read_settings, write_settings
+from boft.config import SCHEDULES, ControllableConfig, DreamBoothConfig, read_settings, write_settings
 from boft.errors import BOFTError
 
-PRESETS = sorted(Path(__file__).parents[1].glob("configs/dreambooth_*.yaml"))
+CONFIGS = Path(__file__).parents[1] / "configs"
+PRESETS = sorted(CONFIGS.glob("dreambooth_*.yaml"))
+CONTROL_PRESETS = sorted(CONFIGS.glob("control_*.yaml"))
 REQUIRED = ["--pretrained_model_name_or_path", "model", "--instance_data_dir", "pictures"]
 
 
@@ -126,12 +129,14 @@ def test_every_schedule_of_diffusers_is_offered():
     assert set(SCHEDULES) == {schedule.value for schedule in SchedulerType}
 
 
-@pytest.mark.parametrize(
-    "file", sorted(Path(__file__).parents[1].glob("configs/dreambooth_*.yaml")), ids=lambda f: f.name
-)
+@pytest.mark.parametrize("file", [*PRESETS, *CONTROL_PRESETS], ids=lambda f: f.name)
 def test_presets_are_valid_and_open_with_their_launch_command(file):
     # The subject may be left to the command line, as in the presets for the big models.
-    config = read("--config", str(file))
-    first = file.read_text().splitlines()[0]
-    assert first.startswith("# ") and "train_dreambooth_boft.py" in first and str(file.name) in first
+    if file in PRESETS:
+        script, config = "train_dreambooth_boft.py", read("--config", str(file))
+    else:
+        script, config = "train_controllable_boft.py", read_settings(ControllableConfig, ["--config", str(file)])
+        assert config.control in file.name
+    opening = list(itertools.takewhile(lambda line: line.startswith("#"), file.read_text().splitlines()))
+    assert any(script in line and f"configs/{file.name}" in line for line in opening)
     assert config.boft_m >= 1
