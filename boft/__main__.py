@@ -6,11 +6,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from boft.commands import generate
+from boft.commands import generate, interpolate
 from boft.errors import BOFTError
 from boft.program import run_program
 
-COMMANDS = (generate,)
+COMMANDS = (generate, interpolate)
 
 
 class Parser(argparse.ArgumentParser):

@@ -218,6 +218,19 @@ def get_factors(model: nn.Module, name: str | None = None) -> tuple[float, ...]:
     return selected_adapters(model, name)[0].strengths
 
 
+@contextmanager
+def factors_restored(model: nn.Module) -> Iterator[None]:
+    """A context in which factors may be chosen freely; afterwards those of every active adapter are as they were."""
+    before = [(adapter, adapter.strengths, adapter.follow) for adapter in selected_adapters(model)]
+    try:
+        yield
+    finally:
+        for adapter, strengths, follow in before:
+            adapter.strengths, adapter.follow = strengths, follow
+        for layer in boft_layers(model).values():
+            layer.drop_cache()
+
+
 def factor_strengths(factors: Factors, m: int) -> tuple[float, ...]:
     """The strength 0 … 1 of each of m factors, narrowest first, from any form that `set_factors` takes."""
     if isinstance(factors, Real) and not isinstance(factors, bool):

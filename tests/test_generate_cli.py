@@ -170,3 +170,27 @@ def test_help_lists_the_commands(capsys):
         main(["--help"])
     assert ended.value.code == 0
     assert "generate" in capsys.readouterr().out
+
+
+def test_an_adapter_with_a_control_head_follows_its_image(models, tmp_path, capsys):
+    pipe = tiny_pipeline()
+    boft.load_adapter(pipe.unet, models / "adapter")
+    boft.add_control_head(pipe.unet, "canny", downscale=2)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in boft.control.heads_of(pipe.unet).parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    boft.save_adapter(pipe.unet, tmp_path / "follows", base_model=str(models / "base"))
+    for color in ("red", "blue"):
+        Image.new("RGB", (SIZE, SIZE), color).save(tmp_path / f"{color}.png")
+    common = ["generate", "--adapter", str(tmp_path / "follows"), *QUICK, "--prompt", "a", "--output"]
+    for color in ("red", "blue"):
+        image = ["--control_image", str(tmp_path / f"{color}.png")]
+        assert main([*common, str(tmp_path / f"drawn-{color}.png"), *image]) == 0
+    assert pixels(tmp_path / "drawn-red.png").tolist() != pixels(tmp_path / "drawn-blue.png").tolist()
+    with Image.open(tmp_path / "drawn-red.png") as drawn:
+        assert json.loads(drawn.info["boft"])["control_image"] == [str(tmp_path / "red.png")]
+    assert main([*common, str(tmp_path / "none.png")]) == 2
+    assert "follows a control image (canny)" in capsys.readouterr().err
+    assert main([*common, str(tmp_path / "none.png"), *image, *image]) == 2
+    assert "2 times --control_image does not go with 1 prompts" in capsys.readouterr().err
