@@ -75,10 +75,14 @@ def latents_of(path: Path, vae: AutoencoderKL, pictures: dataset.Pictures) -> to
 def export(pipeline: StableDiffusionPipeline, directory: Path) -> None:
     """Write the pipeline in float16. Without a dtype, `from_pretrained` reads all of it in float32."""
     pipeline.to(dtype=torch.float16).save_pretrained(directory, safe_serialization=True)
-    # diffusers loads in float32 unless told otherwise, transformers in what its config names: they would not fit.
-    config = directory / "text_encoder" / "config.json"
-    facts = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
-    config.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    for config in [directory / "model_index.json", *directory.glob("*/config.json")]:
+        facts = json.loads(config.read_text(encoding="utf-8"))
+        # Where it lay while it was trained is nobody's business.
+        facts.pop("_name_or_path", None)
+        if config.parent.name == "text_encoder":
+            # diffusers loads in float32 unless told otherwise, transformers in what its config names: they must fit.
+            facts["dtype"] = "float32"
+        config.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def parse_minutes(texts: list[str]) -> dict[str, float]:
