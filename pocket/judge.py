@@ -28,7 +28,8 @@ DEFAULT_PATH = Path(__file__).with_name("judge.safetensors")
 HEATMAP = 32  # landmarks are the centres of mass of heatmaps of this size
 
 
-def _block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+def block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    """A 3×3 convolution with BatchNorm and SiLU."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.SiLU(inplace=True)
     )
@@ -40,11 +41,11 @@ class JudgeNet(nn.Module):
     def __init__(self, heads: dict[str, list[str]], landmark_count: int):
         super().__init__()
         self.heads = heads
-        self.stem = nn.Sequential(_block(3, 16, 2), _block(16, 32, 2), _block(32, 32, 1))
-        self.middle = nn.Sequential(_block(32, 64, 2), _block(64, 64, 1))
-        self.deep = nn.Sequential(_block(64, 128, 2), _block(128, 128, 1), _block(128, 192, 2), _block(192, 192, 1))
+        self.stem = nn.Sequential(block(3, 16, 2), block(16, 32, 2), block(32, 32, 1))
+        self.middle = nn.Sequential(block(32, 64, 2), block(64, 64, 1))
+        self.deep = nn.Sequential(block(64, 128, 2), block(128, 128, 1), block(128, 192, 2), block(192, 192, 1))
         self.narrow = nn.ModuleList([nn.Conv2d(64, 32, 1), nn.Conv2d(192, 32, 1)])
-        self.merge = _block(3 * 32, 48, 1)
+        self.merge = block(3 * 32, 48, 1)
         self.heatmaps = nn.Conv2d(48, landmark_count, 1)
         # The deep map keeps its 4×4 layout: a hat is at the top, the scene at the sides.
         self.features = nn.Sequential(nn.Flatten(), nn.Linear(192 * 16, 192), nn.SiLU(inplace=True))
@@ -92,7 +93,7 @@ class Judge:
     def _run(self, images: Sequence[Image.Image] | np.ndarray, batch: int = 64) -> list[tuple]:
         results = []
         for start in range(0, len(images), batch):
-            part = [_as_array(image) for image in images[start : start + batch]]
+            part = [as_array(image) for image in images[start : start + batch]]
             with torch.no_grad():
                 results.append(self.network(to_pixels(np.stack(part))))
         return results
@@ -123,7 +124,8 @@ def landmarks(images: Sequence[Image.Image] | np.ndarray) -> np.ndarray:
     return shipped_judge().landmarks(images)
 
 
-def _as_array(image: Image.Image | np.ndarray) -> np.ndarray:
+def as_array(image: Image.Image | np.ndarray) -> np.ndarray:
+    """A picture as the networks take it, uint8 [128, 128, 3]; arrays pass."""
     if isinstance(image, np.ndarray):
         return image
     image = image.convert("RGB")
