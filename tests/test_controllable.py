@@ -2,17 +2,17 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import datasets
 import numpy as np
+import programs
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
+from programs import TWO_PROCESSES, finish
 from safetensors.torch import load_file
 from tiny import SIZE, noise_picture, tiny_pipeline
 
@@ -24,8 +24,7 @@ from boft.errors import BOFTError
 from boft.pairs import read_pair_file, read_pairs
 from boft.seeding import Stream
 
-ROOT = Path(__file__).parents[1]
-TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+start = partial(programs.start, "train_controllable_boft.py")
 
 
 @pytest.fixture(autouse=True)
@@ -260,19 +259,6 @@ def test_many_prompts_are_encoded_as_they_come(make_config, monkeypatch):
 
 
 # The script
-
-
-def start(*arguments: object, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [*launcher, "train_controllable_boft.py", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str]:
-    _, errors = process.communicate(timeout=300)
-    return process.returncode, errors
 
 
 def settings_file(folder: Path, base_model: Path) -> Path:

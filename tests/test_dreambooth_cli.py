@@ -1,21 +1,19 @@
 """The training script as a person runs it: as a program of its own."""
 
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from PIL import Image
+from programs import TWO_PROCESSES, finish
 from safetensors.torch import load_file
 from tiny import tiny_pipeline, write_pictures
 
 import boft
 
-ROOT = Path(__file__).parents[1]
-# On CPUs, `accelerate launch` starts one process unless MPI is there; the processes themselves go through accelerate.
-TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+start = partial(programs.start, "train_dreambooth_boft.py")
 
 
 @pytest.fixture(scope="module")
@@ -23,20 +21,6 @@ def base_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "model"
     tiny_pipeline().save_pretrained(folder)
     return folder
-
-
-def start(*arguments: object, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
-    command = [*launcher, "train_dreambooth_boft.py", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str]:
-    """Exit code and stderr."""
-    _, errors = process.communicate(timeout=300)
-    return process.returncode, errors
 
 
 def settings_file(folder: Path, base_model: Path) -> Path:
