@@ -1,7 +1,7 @@
 """Control pictures: landmarks drawn as contours, class maps as colours, edges; RGB, as large as their pictures."""
 
-import colorsys
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,13 +69,15 @@ def draw_landmarks(points: np.ndarray, contours: Sequence[Contour], size: tuple[
 
 @functools.cache
 def palette(count: int) -> np.ndarray:
-    """Colours of `count` classes, uint8 [count, 3]; class 0 is black, the others far apart, the first ones most."""
-    colors = [(0, 0, 0)]
-    for i in range(count - 1):
-        # Hues by the golden ratio are well spread however many there are; brightness and saturation take turns.
-        hue, saturation, value = (i * 0.61803398875) % 1, (1.0, 0.55, 0.8)[i % 3], (1.0, 1.0, 0.6)[i // 3 % 3]
-        colors.append(tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value)))
-    return np.array(colors, np.uint8)
+    """Colours of `count` classes, uint8 [count, 3]: points of an even grid in RGB, so that none are near; 0 black."""
+    levels = 2
+    while levels**3 < count:
+        levels += 1
+    values = np.linspace(0, 255, levels).round().astype(np.uint8)
+    grid = np.stack(np.meshgrid(values, values, values, indexing="ij"), -1).reshape(-1, 3)
+    # Stepping through the grid by about the golden ratio: classes that follow one another look different.
+    stride = next(step for step in range(round(0.618 * len(grid)), len(grid) + 2) if math.gcd(step, len(grid)) == 1)
+    return grid[np.arange(count) * stride % len(grid)]
 
 
 def draw_segmentation(classes: np.ndarray, count: int) -> Image.Image:

@@ -52,17 +52,21 @@ class ValidationPairs:
 def read_validation_pairs(config: ControllableConfig) -> ValidationPairs | None:
     """The validation pairs of the settings, None where they name none.
 
-    Raises BOFTError for what `boft.pairs.read_pair_file` does, and for a detector that cannot be imported.
+    Raises BOFTError for what `boft.pairs.read_pair_file` does, and for a detector that cannot be imported or used.
     """
     if config.validation_data_file is None:
         return None
     pairs = read_pair_file(Path(config.validation_data_file), "--validation_data_file")[: config.num_validation_pairs]
-    return ValidationPairs(
+    validation = ValidationPairs(
         [square(pair.open(), config.resolution) for pair in pairs],
         [square(pair.open_control(), config.resolution, resampling=Image.Resampling.NEAREST) for pair in pairs],
         [pair.prompt for pair in pairs],
         find_detector(config),
     )
+    if validation.detector is not None:
+        # Weights that it lacks are known now, not at the first validation.
+        validation.detector(validation.pictures[:1])
+    return validation
 
 
 def find_detector(config: ControllableConfig) -> Detector | None:

@@ -47,7 +47,9 @@ def test_landmarks_that_cannot_be_drawn(points, message):
 @pytest.mark.parametrize("count", [2, 17, 150])
 def test_class_maps_survive_their_colours(count):
     colors = palette(count).astype(int)
-    assert min(np.abs(a - b).sum() for a, b in itertools.combinations(colors, 2)) > 0
+    # 150 colours in a cube of 256 to a side cannot be further apart than about 50.
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(colors, 2)) > 48
+    assert colors[0].tolist() == [0, 0, 0]
     classes = np.random.default_rng(0).integers(0, count, (9, 13))
     assert np.array_equal(read_segmentation(draw_segmentation(classes, count), count), classes)
 
@@ -106,6 +108,9 @@ def test_segmentation_scores_by_counting_one_class_after_another():
     assert scores.miou == pytest.approx(np.mean(ious)) and len(ious) == 5
     assert scores.macc == pytest.approx(np.mean(accuracies)) and len(accuracies) == 4
     assert scores.aacc == pytest.approx((found == wanted).mean())
+    # A row without labels changes nothing, whatever is found there.
+    unlabelled = np.concatenate([wanted, np.full((1, 8, 8), 255)])
+    assert segmentation_scores(np.concatenate([found, found[:1]]), unlabelled, 7) == scores
 
 
 def test_edge_scores_pixel_by_pixel():

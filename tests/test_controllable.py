@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from safetensors.torch import load_file
 from tiny import SIZE, noise_picture, tiny_pipeline
 
 import boft
-from boft import assembly
+from boft import assembly, condition
 from boft.config import ControllableConfig, read_settings
 from boft.data import PictureSequence, control_view, view
 from boft.errors import BOFTError
 from boft.pairs import read_pair_file, read_pairs
 from boft.seeding import Stream
+from boft.validation import read_validation_pairs
 
 start = partial(programs.start, "train_controllable_boft.py")
 
@@ -211,6 +213,17 @@ def test_the_kind_of_control_is_required_and_one_of_three():
         read_settings(ControllableConfig, ["--pretrained_model_name_or_path", "a", "--train_data_file", "b"])
     with pytest.raises(BOFTError, match="must be one of landmarks, segmentation, canny"):
         read_settings(ControllableConfig, ["--control", "depth"])
+
+
+def test_a_detector_that_cannot_work_is_known_before_training(make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "face_alignment", None)
+    condition.require_face_detector.cache_clear()
+    file = str(write_pairs(tmp_path / "validation"))
+    config = make_config(
+        control="landmarks", validation_data_file=file, condition_detector="boft.condition:face_landmarks"
+    )
+    with pytest.raises(BOFTError, match="pip install face-alignment"):
+        read_validation_pairs(config)
 
 
 # Assembly

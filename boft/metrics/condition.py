@@ -34,7 +34,12 @@ class SegmentationScores:
 
 
 def segmentation_scores(found: np.ndarray, wanted: np.ndarray, class_count: int) -> SegmentationScores:
-    """Scores of class maps [N, H, W] over all pixels together. Classes that occur on neither side are left out."""
+    """Scores of class maps [N, H, W] over all pixels together. Classes that occur on neither side are left out.
+
+    Pixels whose wanted class is not one of `class_count` (ADE20K marks those without a label by 255) do not count.
+    """
+    labelled = np.asarray(wanted) < class_count
+    found, wanted = np.asarray(found)[labelled], np.asarray(wanted)[labelled]
     pairs = np.asarray(wanted, np.int64) * class_count + np.asarray(found, np.int64)
     confusion = np.bincount(pairs.ravel(), minlength=class_count**2).reshape(class_count, class_count)
     right, there, seen = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
