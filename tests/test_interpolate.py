@@ -15,6 +15,7 @@ import boft
 from boft.__main__ import main
 from boft.control_image import accept_control_images
 from boft.errors import BOFTError
+from boft.grid import picture_grid
 from boft.interpolate import (
     factor_count,
     leaving_order,
@@ -31,10 +32,11 @@ ROOT = Path(__file__).parents[1]
 OPTIONS = {"steps": 2, "guidance": 2.0}
 
 
-def with_adapter(pipe, m: int = 3, head: bool = False):
+def with_adapter(pipe, m: int = 3, head: bool = False, text_m: int | None = None):
     """Random factors, large enough to change a picture, in the UNet and the text encoder."""
-    for module, targets in ((pipe.unet, ("to_q", "to_k", "to_v")), (pipe.text_encoder, ("q_proj", "v_proj"))):
-        boft.add_adapter(module, boft.BOFTConfig(m=m, r=4, target_modules=targets))
+    boft.add_adapter(pipe.unet, boft.BOFTConfig(m=m, r=4))
+    text_config = boft.BOFTConfig(m=text_m or m, r=4, target_modules=("q_proj", "v_proj"))
+    boft.add_adapter(pipe.text_encoder, text_config)
     if head:
         boft.add_control_head(pipe.unet, "canny", downscale=2)
     generator = torch.Generator().manual_seed(0)
@@ -82,7 +84,7 @@ def test_widest_first_is_what_a_number_of_factors_means():
         assert tuple(strengths_at(position, 5)[factor] for factor in range(5)) == pytest.approx(from_number)
 
 
-@pytest.mark.parametrize("order", ["sideways", [0, 1], [0, 1, 1], [1, 2, 3]])
+@pytest.mark.parametrize("order", ["sideways", [0, 1], [0, 1, 1], [1, 2, 3], [0, "1", 2], [False, True, 2], 3])
 def test_an_order_that_is_none(order):
     with pytest.raises(BOFTError, match="the factors 0 … 2 once each would fit"):
         leaving_order(3, order)
@@ -138,6 +140,51 @@ def test_with_a_control_image_the_end_is_the_base_model_with_its_head():
     assert end.tobytes() == generate(pipe, ["a b"], [5], control_images=[image], **OPTIONS)[0].tobytes()
 
 
+@pytest.mark.parametrize(("unet_m", "text_m"), [(3, 2), (2, 3)])
+def test_adapters_of_different_m_are_whole_and_absent_at_the_same_ends(unet_m, text_m):
+    pipe = with_adapter(tiny_pipeline(), m=unet_m, text_m=text_m)
+    whole = generate(pipe, ["a b"], [5], **OPTIONS)[0].tobytes()
+    assert factor_count(pipe) == 3
+    start, between, end = (picture.tobytes() for picture in sweep(pipe, "a b", 5, [3, 1.5, 0], **OPTIONS))
+    assert start == whole and end == generate(tiny_pipeline(), ["a b"], [5], **OPTIONS)[0].tobytes()
+    assert between == by_hand(pipe, 1.5) != whole
+
+
+@pytest.mark.parametrize("active", [["one", "two"], ["two", "one"]])
+def test_of_two_active_adapters_each_applies_the_factors_that_it_has(active):
+    pipe = tiny_pipeline()
+    for name, m in (("one", 1), ("two", 3)):
+        boft.add_adapter(pipe.unet, boft.BOFTConfig(m=m, r=4), name)
+        with torch.no_grad():
+            for parameter in boft.trainable_parameters(pipe.unet, name):
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(m)))
+    boft.set_adapter(pipe.unet, active)
+    drawn = [picture.tobytes() for picture in sweep(pipe, "a b", 5, [3, 2], **OPTIONS)]
+    assert drawn[0] == generate(pipe, ["a b"], [5], **OPTIONS)[0].tobytes()
+    boft.set_factors(pipe.unet, 2, name="two")
+    assert drawn[1] == generate(pipe, ["a b"], [5], **OPTIONS)[0].tobytes() != drawn[0]
+
+
+def test_any_subset_at_any_strength(pipe):
+    subsets = [{0: 1, 2: 0.25}, {1: 1}]
+    drawn = [picture.tobytes() for picture in sweep(pipe, "a b", 5, subsets, **OPTIONS)]
+    assert drawn == [by_hand(pipe, subset) for subset in subsets] and drawn[0] != drawn[1]
+    with pytest.raises(BOFTError, match="from 0 .narrowest. to 2, not 3"):
+        next(sweep(pipe, "a b", 5, [{3: 1}], **OPTIONS))
+
+
+@pytest.mark.parametrize("position", ["3", None, True])
+def test_a_position_that_is_not_a_number(position):
+    with pytest.raises(BOFTError, match="a position is a number from 0 to 5, not"):
+        strengths_at(position, 5)
+
+
+@pytest.mark.parametrize("between", [-1, -2, 0.5])
+def test_a_number_of_positions_between_that_is_none(between):
+    with pytest.raises(BOFTError, match="is 0, 1, …, not"):
+        positions(3, between)
+
+
 def test_without_an_adapter_there_is_nothing_to_interpolate():
     with pytest.raises(BOFTError, match="no active BOFT adapter"):
         factor_count(tiny_pipeline())
@@ -157,6 +204,30 @@ def test_the_loop_goes_there_and_back_for_ever(tmp_path):
     assert times[0] == times[2] > times[1] == times[3]
 
 
+def test_a_loop_of_no_pictures(tmp_path):
+    with pytest.raises(BOFTError, match="at least one picture"):
+        save_loop([], tmp_path / "loop.gif")
+
+
+def test_the_loop_as_a_video(tmp_path):
+    imageio = pytest.importorskip("imageio.v3")
+    pytest.importorskip("imageio_ffmpeg")
+    save_loop([Image.new("RGB", (24, 24), color) for color in ("red", "lime", "blue")], tmp_path / "loop.mp4")
+    frames = np.stack(list(imageio.imiter(tmp_path / "loop.mp4"))).astype(int)
+    # 1.2 s red, 0.35 s green, 1.2 s blue, 0.35 s green, at 20 a second.
+    assert frames.shape == (62, 24, 24, 3)
+    brightest = frames[:, 12, 12].argmax(-1).tolist()
+    assert brightest == [0] * 24 + [1] * 7 + [2] * 24 + [1] * 7
+
+
+def test_without_its_packages_no_video(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("boft.interpolate.find_spec", lambda package: None)
+    arguments = ["interpolate", "--adapter", str(models / "adapter"), "--prompt", "a", "--output", str(tmp_path)]
+    assert main([*arguments, "--mp4"]) == 2
+    assert capsys.readouterr().err.endswith("an MP4 needs two packages more: pip install imageio imageio-ffmpeg\n")
+    assert not list(tmp_path.iterdir())
+
+
 def test_differences_of_neighbours_by_hand():
     pictures = [Image.new("RGB", (4, 4), (v, v, v)) for v in (0, 10, 40)]
     assert neighbour_differences(pictures) == [10, 30]
@@ -166,6 +237,8 @@ def test_the_strip_wraps_and_is_labelled():
     pictures = [noise_picture(i) for i in range(11)]
     one, wrapped = (strip([("a", pictures[:n])], positions(10)[:n], 10) for n in (8, 11))
     assert one.width == wrapped.width and wrapped.height > 1.7 * one.height
+    labels = [f"{position} of 10 factors" for position in range(10, -1, -1)]
+    assert wrapped == picture_grid([("a", pictures[:8], labels[:8]), ("", pictures[8:], labels[8:])])
 
 
 # The command
@@ -223,6 +296,7 @@ def test_chosen_positions_and_order(models, tmp_path):
         ([], "needs an --adapter"),
         (["--adapter", "ADAPTER", "--positions", "4"], "3 factors, so 0 … 3 would fit"),
         (["--adapter", "ADAPTER", "--positions", "a"], "not a list of numbers"),
+        (["--adapter", "ADAPTER", "--positions", "3,1,3.0"], "--positions has 3 more than once"),
         (["--adapter", "ADAPTER", "--order", "upward"], "the order is 'upward'"),
         (["--adapter", "ADAPTER", "--order", "0,1"], "the order is [0, 1]"),
         (["--adapter", "ADAPTER", "--positions", "1", "--between", "2"], "two ways to say the same"),

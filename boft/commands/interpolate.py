@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="in which the factors leave: widest_first, narrowest_first, or such as 4,2,0,1,3 (widest_first)",
     )
     parser.add_argument("--keep_scale_and_bias", action="store_true", help="leave output scale and bias whole")
+    parser.add_argument("--mp4", action="store_true", help="the loop as MP4, not GIF (needs imageio, imageio-ffmpeg)")
     parser.add_argument("--output", type=Path, default=Path("interpolation"), help="folder (interpolation)")
 
 
@@ -66,6 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     from boft import interpolate
 
+    if arguments.mp4:
+        interpolate.require_mp4()
     pipe = common.load(arguments, base_model)
     m = interpolate.factor_count(pipe)
     at = arguments.positions or interpolate.positions(m, arguments.between or 0)
@@ -78,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
         for position, picture, file in zip(at, pictures, files, strict=True):
             picture_facts = {"prompt": prompt, "seed": arguments.seed, "factors": position} | facts
             common.save_picture(picture, arguments.output / file, picture_facts)
-        loop = f"{stem}-loop.gif"
+        loop = f"{stem}-loop.{'mp4' if arguments.mp4 else 'gif'}"
         interpolate.save_loop(pictures, arguments.output / loop)
         print(arguments.output / loop)
         rows.append((prompt, pictures))
@@ -114,6 +117,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise BOFTError("interpolate needs an --adapter: it is the adapter's factors that go to the identity")
     if arguments.positions and arguments.between is not None:
         raise BOFTError("--positions and --between are two ways to say the same; give one of them")
+    # Six digits, as file names and captions have them.
+    names = [f"{position:g}" for position in arguments.positions or ()]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise BOFTError(f"--positions has {twice[0]} more than once; each position is one picture")
     if (arguments.between or 0) < 0:
         raise BOFTError(f"--between must be 0 or more, not {arguments.between}")
     if arguments.output.is_file():
