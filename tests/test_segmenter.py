@@ -162,3 +162,10 @@ def test_mistakes_are_one_sentence_before_anything_is_trained(tmp_path, monkeypa
     assert segmenter.run_program(segmenter.main) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_the_shipped_segmenter_knows_new_renderings():
+    renderings = [world.sample(63_000_000 + i) for i in range(12)]
+    found = segmenter.classes([rendering.image for rendering in renderings])
+    wanted = np.stack([rendering.segmentation for rendering in renderings])
+    assert segmentation_scores(found, wanted, CLASSES).aacc > 0.93
