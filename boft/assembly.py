@@ -228,13 +228,9 @@ def make_optimizer(modules: Mapping[str, nn.Module], config: TrainingConfig, pro
 
 def trained_parts(modules: Mapping[str, nn.Module]) -> dict[str, list[nn.Parameter]]:
     """What trains, by the name of its learning rate: each component's adapter, and the control head."""
-    parts = {name: boft.trainable_parameters(module) for name, module in modules.items()}
-    head = [parameter for part in inject.selected_heads(modules["unet"]) for parameter in part.parameters()]
-    if head:
-        own = {id(parameter) for parameter in head}
-        parts["unet"] = [parameter for parameter in parts["unet"] if id(parameter) not in own]
-        parts["control"] = head
-    return parts
+    adapters = {name: inject.selected_adapters(module) for name, module in modules.items()}
+    trained = adapters | {"control": inject.selected_heads(modules["unet"])}
+    return {name: [p for part in parts for p in part.parameters()] for name, parts in trained.items() if parts}
 
 
 def make_schedule(optimizer: Optimizer, config: TrainingConfig) -> LRScheduler:
