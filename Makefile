@@ -1,12 +1,15 @@
-# `make demo` and `make test` set everything up by themselves, in a virtual environment in .venv.
+# `make demo`, `make app` and `make test` set everything up by themselves, in a virtual environment in .venv.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo app test lint clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m examples.demo
+
+app: $(VENV)/.installed
+	$(RUN) -m app
 
 test: $(VENV)/.installed-dev lint
 	$(RUN) -m pytest

@@ -133,8 +133,7 @@ def load_adapter(
         inject.attach(module, adapters[component], name)
         parts: list[nn.Module] = list(adapters[component].values())
         if component in heads:
-            attach_head(module, heads[component], name)
-            heads_of(module).active = (name,)
+            attach_head(module, heads[component], name, active=(name,))
             parts.append(heads[component])
         if trainable:
             inject.train_only(module, parts)
@@ -307,6 +306,8 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
             )
         if not isinstance(entry, dict) or any(type(entry.get(key)) is not kind for key, kind in _HEAD_KEYS.items()):
             raise BOFTError(f"'{path}': the control head of '{component}' needs the entries {', '.join(_HEAD_KEYS)}")
+        if f"{component}.conv_in" in config["layers"]:
+            raise BOFTError(f"'{path}' adapts '{component}.conv_in', to whose output its control head adds")
 
 
 def _component_settings(component: str, values: Any, path: Path) -> BOFTConfig:

@@ -176,17 +176,22 @@ def prepare(
     sequences: Sequence[PictureSequence],
     config: TrainingConfig,
     accelerator: Accelerator,
+    parts: Mapping[str, list[nn.Parameter]] | None = None,
 ) -> Run:
-    """A run at step 0 around adapters that are in place. What can be cached is, and its encoder leaves the device."""
-    if getattr(config, "cache_latents", True) and not any(sequence.random_crop for sequence in sequences):
-        for sequence in sequences:
+    """A run at step 0 around adapters that are in place. What can be cached is, and its encoder leaves the device.
+
+    `parts` is what trains, by the name of its learning rate; by default as `trained_parts` finds it.
+    """
+    if config.cache_latents and not any(sequence.random_crop for sequence in sequences):
+        for sequence in [sequence for sequence in sequences if sequence.latents is None]:
             cache_latents(pipe.vae, sequence, progress=accelerator.is_local_main_process)
     prompts = sorted({prompt for sequence in sequences for prompt in sequence.prompts})
     caches_prompts = not config.train_text_encoder and len(prompts) <= MOST_CACHED_PROMPTS
     encode = cache_prompts(pipe, prompts) if caches_prompts else partial(encode_prompts, pipe)
     noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     objective = DenoisingObjective(modules, noise_scheduler, encode, config)
-    optimizer = make_optimizer(modules, config, accelerator.num_processes)
+    parts = trained_parts(modules) if parts is None else parts
+    optimizer = make_optimizer(parts, config, accelerator.num_processes)
     lr_scheduler = make_schedule(optimizer, config)
     objective, optimizer = accelerator.prepare(objective, optimizer)
     run = Run(
@@ -204,11 +209,11 @@ def prepare(
     return run
 
 
-def make_optimizer(modules: Mapping[str, nn.Module], config: TrainingConfig, processes: int = 1) -> Optimizer:
-    """AdamW, 8-bit AdamW or Prodigy over the adapters and the control head, each at its own rate."""
+def make_optimizer(parts: Mapping[str, list[nn.Parameter]], config: TrainingConfig, processes: int = 1) -> Optimizer:
+    """AdamW, 8-bit AdamW or Prodigy over the parts that train, each at the rate of its name."""
     factor = config.gradient_accumulation_steps * config.train_batch_size * processes if config.scale_lr else 1
     groups = []
-    for name, parameters in trained_parts(modules).items():
+    for name, parameters in parts.items():
         rate = {"name": name, "lr": (getattr(config, f"{name}_learning_rate", None) or config.learning_rate) * factor}
         # Decay pulls a rotation towards the base model; an output scale, which starts at 1, it would only shrink.
         skews = [parameter for parameter in parameters if parameter.ndim > 1]

@@ -72,6 +72,7 @@ class TrainingConfig:
     resolution: int = setting("pictures are resized and cropped to this many pixels a side", 512, minimum=8)
     center_crop: bool = setting("crop the middle of a picture that is not square, not a random part", False)
     random_flip: bool = setting("mirror every second picture, at random", False)
+    cache_latents: bool = setting("encode all pictures once, at the start; not for more than memory holds", True)
     dataloader_num_workers: int = setting("processes that read pictures ahead", 0, minimum=0)
 
     train_batch_size: int = setting("pictures a process and step, class pictures not counted", 4, minimum=1)
@@ -174,7 +175,6 @@ class ControllableConfig(TrainingConfig):
     make_control: bool = setting("make the control images from the pictures: canny, or landmarks of faces", False)
     max_train_samples: int | None = setting("use no more pairs than this", None, minimum=1)
     proportion_empty_prompts: float = setting("share of steps without a prompt", 0.0, minimum=0, maximum=1)
-    cache_latents: bool = setting("encode all pictures once, at the start; not for more than memory holds", True)
     control_learning_rate: float | None = setting("the control head's; default: the same", None, above=0)
 
     validation_data_file: str | None = setting("JSONL of pairs to draw and measure on a schedule", None)

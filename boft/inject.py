@@ -56,8 +56,8 @@ def add_control_head(model: nn.Module, kind: str = "", *, downscale: int = 8, na
         raise BOFTError(f"the adapter '{name}' has a control head already")
     channels = first_channels(model)
     # Initialised on the CPU, so that a seed means the same head on every device.
-    attach_head(model, ControlHead(channels, downscale, kind).to(model.conv_in.weight.device), name)
-    heads_of(model).active = tuple(active_adapters(model))
+    head = ControlHead(channels, downscale, kind).to(model.conv_in.weight.device)
+    attach_head(model, head, name, active=active_adapters(model))
 
 
 def find_targets(model: nn.Module, config: BOFTConfig) -> dict[str, nn.Module]:
@@ -131,8 +131,6 @@ def remove_adapter(model: nn.Module, name: str = "default") -> None:
 def detach(model: nn.Module, name: str) -> None:
     """Take one adapter and its control head out, and the BOFT layers left without any adapter out of the model."""
     detach_head(model, name)
-    if heads := heads_of(model):
-        heads.active = tuple(other for other in heads.active if other != name)
     for layer in boft_layers(model).values():
         layer.active = tuple(other for other in layer.active if other != name)
         if name in layer.adapters:

@@ -1,7 +1,8 @@
 """Base model + adapter → diffusers pipeline → pictures."""
 
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def generate(
     control_scale: float = 1.0,
     batch_size: int = 4,
     progress: bool = False,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> list[Image.Image]:
     """Draw one picture for each (prompt, seed) pair.
 
@@ -108,6 +110,7 @@ def generate(
         control_images: for an adapter with a control head, one for all pictures or one each, as large as the pictures.
         control_scale: how strongly they are followed; 0 ignores them.
         batch_size: pictures drawn at once. progress: show a bar, counted in denoising steps.
+        on_step: called after each of them with (steps done, steps in all); what it raises ends the drawing.
 
     Returns:
         N RGB pictures, in order.
@@ -122,13 +125,16 @@ def generate(
     pairs = list(zip(prompts, seeds, strict=True))
     controls = _control_images(pipe, control_images, len(pairs))
     starts = range(0, len(pairs), batch_size)
+    done, total = itertools.count(1), steps * len(starts)
 
     def advance(pipe: DiffusionPipeline, step: int, timestep: int, tensors: dict) -> dict:
         bar.update()
+        if on_step is not None:
+            on_step(next(done), total)
         return tensors
 
     pictures = []
-    with _evaluating(pipe), _silent(pipe), tqdm(total=steps * len(starts), unit="step", disable=not progress) as bar:
+    with _evaluating(pipe), _silent(pipe), tqdm(total=total, unit="step", disable=not progress) as bar:
         for start in starts:
             batch = pairs[start : start + batch_size]
             control = {}

@@ -1,6 +1,7 @@
 """The step, and the loop around it, that the training scripts share."""
 
 import dataclasses
+import json
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ from boft.seeding import Stream, derive_seed
 
 Batch = dict[str, Any]
 MOST_RECORDED_PROMPTS = 64
+# Every step's loss and learning rates, one JSON a line, in the output folder.
+TRAINING_LOG = "training.jsonl"
 
 
 class DenoisingObjective(nn.Module):
@@ -170,14 +173,16 @@ def train(run: Run, after_step: Callable[[Run], None]) -> bool:
         unit="step",
         disable=not accelerator.is_local_main_process,
     )
-    with bar, stop_signals() as stop:
+    with bar, _training_log(run) as record, stop_signals() as stop:
         while run.step < config.max_train_steps:
             loss = optimizer_step(run, batches)
             run.step += 1
             if not math.isfinite(loss):
                 raise BOFTError(f"The loss is {loss} at step {run.step}; a lower --learning_rate would fit.")
             rates = run.learning_rates
-            accelerator.log({"loss": loss} | {f"lr/{name}": rate for name, rate in rates.items()}, step=run.step)
+            figures = {"loss": loss} | {f"lr/{name}": rate for name, rate in rates.items()}
+            accelerator.log(figures, step=run.step)
+            record({"step": run.step} | figures)
             bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rates['unet']:.2g}", refresh=False)
             bar.update()
             after_step(run)
@@ -187,6 +192,21 @@ def train(run: Run, after_step: Callable[[Run], None]) -> bool:
             if accelerator.check_trigger():
                 return False
     return True
+
+
+@contextmanager
+def _training_log(run: Run) -> Iterator[Callable[[dict[str, float]], None]]:
+    """Writes a line of `TRAINING_LOG` when called; of an earlier run, the lines up to the step resumed at stay."""
+    if not run.accelerator.is_main_process:
+        yield lambda figures: None
+        return
+    path = run.output_dir / TRAINING_LOG
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Of a run that was killed the last line may be cut off, but that one is past the last checkpoint.
+    earlier = path.read_text(encoding="utf-8").splitlines()[: run.step] if path.is_file() else []
+    with open(path, "w", encoding="utf-8", buffering=1) as file:
+        file.writelines(line + "\n" for line in earlier)
+        yield lambda figures: print(json.dumps(figures), file=file)
 
 
 def optimizer_step(run: Run, batches: Iterator[Batch]) -> float:

@@ -234,7 +234,7 @@ def test_head_and_butterflies_have_rates_of_their_own(make_config):
     accelerator = assembly.start(config)
     pipe = assembly.load_base_model(config, accelerator)
     modules = assembly.add_adapters(pipe, config, control="canny")
-    optimizer = assembly.make_optimizer(modules, config)
+    optimizer = assembly.make_optimizer(assembly.trained_parts(modules), config)
     counts = {}
     for group in optimizer.param_groups:
         counts.setdefault((group["name"], group["lr"]), []).extend(group["params"])

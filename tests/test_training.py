@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import io
+import json
 import os
 import pickle
 import re
@@ -32,7 +33,7 @@ from boft.data import PictureSequence, read_subject
 from boft.errors import BOFTError
 from boft.latents import cache_latents, cache_prompts, encode_prompts
 from boft.seeding import Stream
-from boft.training import DenoisingObjective, train
+from boft.training import TRAINING_LOG, DenoisingObjective, train
 
 SIX_STEPS = {
     "max_train_steps": 6,
@@ -453,6 +454,8 @@ def test_an_interrupted_and_resumed_run_ends_bit_identical(make_config, run_scri
     assert run_script(resumed, **{f"step_{n}": partial(steps.append, n) for n in range(7)}) == 0
     assert steps == [4, 5, 6]
     assert_equal_bits(adapter(tmp_path / "whole"), adapter(tmp_path / "broken"))
+    logs = [(tmp_path / name / TRAINING_LOG).read_text() for name in ("whole", "broken")]
+    assert logs[0] == logs[1] and [json.loads(line)["step"] for line in logs[0].splitlines()] == [1, 2, 3, 4, 5, 6]
 
 
 def test_an_unbroken_run_differs_with_another_seed(make_config, run_script, tmp_path):
@@ -620,6 +623,7 @@ def test_an_upload_carries_card_and_adapter_but_no_checkpoints(make_config, run_
         "adapter_model.safetensors",
         "before_after.png",
         "settings.yaml",
+        "training.jsonl",
     ]
     assert upload["repo_id"] == "me/sks"
     card = ModelCard.load(tmp_path / "out" / "README.md")

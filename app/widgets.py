@@ -1,0 +1,82 @@
+"""What the tabs share: errors as sentences, adapter and picture inputs that the service checks, one queue."""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app.service import Cancelled
+from boft.errors import BOFTError
+
+# All work on the model stands in one queue, one at a time.
+ON_MODEL = {"concurrency_id": "model", "concurrency_limit": 1}
+# What only looks things up waits for no picture; through the queue all the same, by which errors reach the page.
+QUIET = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 8}
+BASE_LABEL = "base model, no adapter"
+
+
+def told(function: Callable) -> Callable:
+    """The function with our errors shown in the page, as the sentences that they are."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **options: Any) -> Any:
+        try:
+            return function(*args, **options)
+        except Cancelled:
+            raise gr.Error("The drawing was cancelled.", title="Cancelled", duration=4, print_exception=False) from None
+        except BOFTError as error:
+            text = str(error)
+            raise gr.Error(text[:1].upper() + text[1:], title="That does not work", print_exception=False) from None
+
+    # Gradio finds out by the signature which functions want the request and the progress.
+    wrapper.__signature__ = inspect.signature(function)
+    return wrapper
+
+
+class AdapterChoice(gr.Dropdown):
+    """A dropdown of adapters. The service, which knows the folder as it is now, checks the name."""
+
+    is_template = True  # so that the page shows it as the dropdown that it is
+
+    def preprocess(self, payload: Any) -> str:
+        return payload if isinstance(payload, str) else ""
+
+
+class PictureInput(gr.Image):
+    """An upload that stays a file until the service has checked it."""
+
+    is_template = True
+
+    def preprocess(self, payload: Any) -> str | None:
+        return None if payload is None else payload.path
+
+    def postprocess(self, value: Any) -> Any:
+        return super().postprocess(str(value) if isinstance(value, Path) else value)
+
+
+def adapter_choice(names: Sequence[str], *, base: bool, value: str | None, elem_id: str) -> AdapterChoice:
+    """The dropdown of a tab; `base` offers the base model alone too."""
+    return AdapterChoice(
+        choices=adapter_choices(names, base), value=value, label="Adapter", elem_id=elem_id, scale=4, filterable=False
+    )
+
+
+def adapter_choices(names: Sequence[str], base: bool) -> list[tuple[str, str]]:
+    return ([(BASE_LABEL, "")] if base else []) + [(name, name) for name in names]
+
+
+def progress_of(progress: gr.Progress, what: str) -> Callable[[int, int], None]:
+    """An `on_step` that moves Gradio's progress bar."""
+
+    def step(done: int, total: int) -> None:
+        progress((done, total), desc=what, unit="steps")
+
+    return step
+
+
+def owner_of(request: gr.Request) -> str:
+    """Whose work it is: the page that is open."""
+    return request.session_hash or "api"
