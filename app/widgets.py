@@ -3,7 +3,6 @@
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -36,32 +35,24 @@ def told(function: Callable) -> Callable:
     return wrapper
 
 
-class AdapterChoice(gr.Dropdown):
-    """A dropdown of adapters. The service, which knows the folder as it is now, checks the name."""
+def adapter_choice(names: Sequence[str], *, base: bool, value: str | None, elem_id: str) -> gr.Dropdown:
+    """The dropdown of a tab; `base` offers the base model alone too.
 
-    is_template = True  # so that the page shows it as the dropdown that it is
-
-    def preprocess(self, payload: Any) -> str:
-        return payload if isinstance(payload, str) else ""
-
-
-class PictureInput(gr.Image):
-    """An upload that stays a file until the service has checked it."""
-
-    is_template = True
-
-    def preprocess(self, payload: Any) -> str | None:
-        return None if payload is None else payload.path
-
-    def postprocess(self, value: Any) -> Any:
-        return super().postprocess(str(value) if isinstance(value, Path) else value)
-
-
-def adapter_choice(names: Sequence[str], *, base: bool, value: str | None, elem_id: str) -> AdapterChoice:
-    """The dropdown of a tab; `base` offers the base model alone too."""
-    return AdapterChoice(
+    The service, which knows the folder as it is now, checks the name: of a caller from elsewhere Gradio would take the
+    list for the one that the app started with.
+    """
+    choice = gr.Dropdown(
         choices=adapter_choices(names, base), value=value, label="Adapter", elem_id=elem_id, scale=4, filterable=False
     )
+    choice.preprocess = lambda payload: payload if isinstance(payload, str) else ""
+    return choice
+
+
+def picture_input(**options: Any) -> gr.Image:
+    """An upload that stays a file, given on as its path, until the service has checked it."""
+    image = gr.Image(type="filepath", sources=["upload", "clipboard"], **options)
+    image.preprocess = lambda payload: None if payload is None else payload.path
+    return image
 
 
 def adapter_choices(names: Sequence[str], base: bool) -> list[tuple[str, str]]:

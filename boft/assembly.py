@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -239,9 +239,12 @@ def trained_parts(modules: Mapping[str, nn.Module]) -> dict[str, list[nn.Paramet
 
 
 def make_schedule(optimizer: Optimizer, config: TrainingConfig) -> LRScheduler:
-    """The schedule by diffusers' name, in optimizer steps. Raises BOFTError for step rules that do not parse."""
+    """The schedule by diffusers' name, in optimizer steps; a part that trains for fewer has the rate 0 after them.
+
+    Raises BOFTError for step rules that do not parse.
+    """
     try:
-        return get_scheduler(
+        schedule = get_scheduler(
             config.lr_scheduler,
             optimizer,
             step_rules=config.lr_step_rules,
@@ -252,3 +255,12 @@ def make_schedule(optimizer: Optimizer, config: TrainingConfig) -> LRScheduler:
         )
     except (ValueError, IndexError) as error:
         raise BOFTError(f"--lr_scheduler {config.lr_scheduler} cannot be set up: {error}.") from None
+    for index, group in enumerate(optimizer.param_groups):
+        last = getattr(config, f"{group['name']}_train_steps", None)
+        if last is not None:
+            schedule.lr_lambdas[index] = partial(_until, last, schedule.lr_lambdas[index])
+    return schedule
+
+
+def _until(last: int, factor: Callable[[int], float], step: int) -> float:
+    return factor(step) if step < last else 0.0

@@ -176,6 +176,11 @@ class ControllableConfig(TrainingConfig):
     max_train_samples: int | None = setting("use no more pairs than this", None, minimum=1)
     proportion_empty_prompts: float = setting("share of steps without a prompt", 0.0, minimum=0, maximum=1)
     control_learning_rate: float | None = setting("the control head's; default: the same", None, above=0)
+    control_train_steps: int | None = setting(
+        "the control head trains in the first so many steps, after them the butterflies alone; default: all",
+        None,
+        minimum=1,
+    )
 
     validation_data_file: str | None = setting("JSONL of pairs to draw and measure on a schedule", None)
     num_validation_pairs: int = setting("use the first so many of them", 16, minimum=1)

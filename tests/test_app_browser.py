@@ -2,8 +2,6 @@
 
 import io
 import os
-import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,10 +17,10 @@ from PIL import Image
 
 import boft
 from boft.pipeline import generate, load_pipeline
+from examples.screenshots import OPTIONS, chromium, running_app
 
 ROOT = Path(__file__).parents[1]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+CHROMIUM = chromium()
 if CHROMIUM is None and not os.environ.get("BOFT_NEEDS_BROWSER"):
     pytest.skip("no Chromium is installed: apt-get install chromium", allow_module_level=True)
 assert CHROMIUM, "BOFT_NEEDS_BROWSER is set, but there is no Chromium"
@@ -33,42 +31,13 @@ PATIENCE = 60_000  # milliseconds, on a busy machine
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory) -> Iterator[str]:
+def address() -> Iterator[str]:
     """The app as a person starts it, on a port of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("app")
-    command = [
-        sys.executable,
-        "-m",
-        "app",
-        "--port",
-        str(port),
-        "--trained",
-        str(folder / "trained"),
-        "--device",
-        "cpu",
-    ]
-    with open(folder / "log.txt", "wb") as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-    url = f"http://127.0.0.1:{port}/"
-    try:
-        for _ in range(600):
-            if process.poll() is not None:
-                pytest.fail((folder / "log.txt").read_text())
-            try:
-                urllib.request.urlopen(url, timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.2)
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with running_app() as url:
         yield url
-    finally:
-        process.terminate()
-        process.wait(60)
-        assert "Traceback" not in (folder / "log.txt").read_text()
+    monkeypatch.undo()
 
 
 @pytest.fixture(scope="module")

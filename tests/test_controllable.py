@@ -24,6 +24,7 @@ from boft.data import PictureSequence, control_view, view
 from boft.errors import BOFTError
 from boft.pairs import read_pair_file, read_pairs
 from boft.seeding import Stream
+from boft.training import train
 from boft.validation import read_validation_pairs
 
 start = partial(programs.start, "train_controllable_boft.py")
@@ -243,6 +244,29 @@ def test_head_and_butterflies_have_rates_of_their_own(make_config):
     assert {id(p) for p in counts["control", 3e-3]} == {id(p) for p in head.parameters()}
     everything = [p for parameters in counts.values() for p in parameters]
     assert len({id(p) for p in everything}) == len(everything) == len(boft.trainable_parameters(pipe.unet))
+
+
+def test_the_head_can_train_in_the_first_steps_only(make_config):
+    config = make_config(max_train_steps=6, control_train_steps=2, lr_scheduler="cosine", learning_rate=1e-2)
+    accelerator = assembly.start(config)
+    pipe = assembly.load_base_model(config, accelerator)
+    modules = assembly.add_adapters(pipe, config, control="canny")
+    sequence = PictureSequence(read_pairs(config), config, Stream.SUBJECT)
+    run = assembly.prepare(pipe, modules, [sequence], config, accelerator)
+    head = boft.control.heads_of(pipe.unet).heads["default"]
+    seen, rates = [], []
+
+    def watch(run) -> None:
+        seen.append(head.convolutions[-1].weight.detach().clone())
+        rates.append(run.learning_rates)
+
+    skews = [p.detach().clone() for p in boft.trainable_parameters(pipe.unet)]
+    assert train(run, watch)
+    assert not torch.equal(seen[0], seen[1]) and all(torch.equal(later, seen[1]) for later in seen[2:])
+    assert [rate["control"] > 0 for rate in rates] == [True, False, False, False, False, False]
+    assert all(rate["unet"] > 0 for rate in rates[:-1])
+    moved = [not torch.equal(p, q) for p, q in zip(boft.trainable_parameters(pipe.unet), skews, strict=True)]
+    assert any(moved)
 
 
 def test_a_checkpoint_of_another_control_is_refused(make_config, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from app.service import LARGEST_SEED, MOST_PICTURES, Service, Wish, read_upload
-from app.widgets import ON_MODEL, QUIET, PictureInput, adapter_choice, adapter_choices, owner_of, progress_of, told
+from app.widgets import ON_MODEL, QUIET, adapter_choice, adapter_choices, owner_of, picture_input, progress_of, told
 from boft.schedulers import SCHEDULERS
 
 
@@ -27,10 +27,8 @@ def generate_tab(page: gr.Blocks, service: Service, prompt: str) -> gr.Dropdown:
                 run = gr.Button("Generate", variant="primary", elem_id="generate-run")
                 stop = gr.Button("Cancel", variant="stop", elem_id="generate-cancel")
             with gr.Column(visible=False) as control_group:
-                control = PictureInput(
+                control = picture_input(
                     label="Control image to follow",
-                    type="filepath",
-                    sources=["upload", "clipboard"],
                     height=180,
                     elem_id="generate-control",
                 )

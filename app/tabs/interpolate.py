@@ -12,7 +12,7 @@ from app.drawing import butterfly_svg
 from app.face import draw_face, editor_value
 from app.interpolation import Interpolation, View
 from app.service import LARGEST_SEED, Service, Wish, read_upload
-from app.widgets import ON_MODEL, QUIET, PictureInput, adapter_choice, owner_of, progress_of, told
+from app.widgets import ON_MODEL, QUIET, adapter_choice, owner_of, picture_input, progress_of, told
 from boft.interpolate import require_mp4, strengths_at
 
 EDITOR = Path(__file__).with_name("landmark_editor.js").read_text(encoding="utf-8")
@@ -44,10 +44,8 @@ def interpolate_tab(page: gr.Blocks, tab: gr.Tab, service: Service, interpolatio
                     buttons=[],
                     elem_id="interpolate-examples",
                 )
-                control = PictureInput(
+                control = picture_input(
                     label="or upload one",
-                    type="filepath",
-                    sources=["upload", "clipboard"],
                     height=170,
                     elem_id="interpolate-control",
                 )
