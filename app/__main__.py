@@ -32,8 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from app.page import CSS, build, theme
     from app.service import Service
 
-    folders = arguments.adapters or [ROOT / "examples"]
-    for folder in folders if arguments.adapters else []:
+    # The adapters that come along fit the embedded model only.
+    folders = arguments.adapters or ([] if arguments.base_model else [ROOT / "examples"])
+    for folder in folders:
         if not folder.is_dir():
             raise BOFTError(f"--adapters {folder} is not a folder; give one whose subfolders are adapters")
     base_model = arguments.base_model or (POCKET_MODEL if POCKET_MODEL.is_dir() else ROOT / POCKET_MODEL)
@@ -73,7 +74,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--base_model", help="diffusers folder, .safetensors file or Hub id (the embedded model)")
     parser.add_argument(
-        "--adapters", type=Path, nargs="+", metavar="DIR", help="folders whose subfolders are adapters (examples)"
+        "--adapters",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="folders whose subfolders are adapters (examples, where --base_model is left out)",
     )
     parser.add_argument("--trained", type=Path, default=Path("runs/app"), help="where trainings go (runs/app)")
     parser.add_argument("--port", type=port, help="(the first free one from 7860)")

@@ -105,6 +105,16 @@ class AdapterFolders:
             config["base_model"],
         )
 
+    def cards(self) -> list[AdapterCard]:
+        """Those of all adapters that can be read; of another one a person is told why not when choosing it."""
+        cards = []
+        for name in self.names():
+            try:
+                cards.append(self.card(name))
+            except BOFTError:
+                continue
+        return cards
+
     def examples(self, name: str) -> list[ControlExample]:
         """The control images in the adapter's subfolder `controls`, by file name; only whole pictures."""
         folder = self.folder(name) / CONTROLS

@@ -27,7 +27,7 @@ def build(service: Service, training: Training, prompt: str) -> gr.Blocks:
             with gr.Tab("Generate", id="generate"):
                 generating = generate_tab(page, service, prompt)
             with gr.Tab("Interpolate", id="interpolate") as tab:
-                interpolating = interpolate_tab(page, tab, service, interpolation, prompt)
+                interpolating = interpolate_tab(tab, service, interpolation, prompt)
             train = gr.Tab("Train", id="train")
             with gr.Tab("Inside", id="inside") as tab:
                 looking = inside_tab(tab, service)

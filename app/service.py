@@ -113,14 +113,9 @@ class Service:
 
     def describe(self) -> list[dict[str, Any]]:
         """The adapters: name, kind, control ("" for a subject), m, r, b, steps, prompts, layers, base_model."""
-        cards = []
-        for name in self.adapters.names():
-            try:
-                card = self.adapters.card(name)
-            except BOFTError:  # unreadable: the person is told when choosing it
-                continue
-            cards.append(dataclasses.asdict(card) | {"folder": card.folder.name, "kind": card.kind})
-        return cards
+        return [
+            dataclasses.asdict(card) | {"folder": card.folder.name, "kind": card.kind} for card in self.adapters.cards()
+        ]
 
     # Whose turn it is.
 

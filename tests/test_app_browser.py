@@ -298,6 +298,16 @@ def test_no_other_file_of_the_machine_is_served(address, path):
     assert caught.value.code in (403, 404)
 
 
+def test_an_upload_that_is_too_large_is_refused(address):
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    body += bytes(21 * 2**20) + b"\r\n--x--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    with pytest.raises((urllib.error.HTTPError, ConnectionError, urllib.error.URLError)) as caught:
+        urllib.request.urlopen(urllib.request.Request(f"{address}gradio_api/upload", body, headers))
+    if isinstance(caught.value, urllib.error.HTTPError):
+        assert caught.value.code == 413
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

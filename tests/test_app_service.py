@@ -268,6 +268,17 @@ def test_a_card_says_what_an_adapter_is(service):
     json.dumps(service.describe())
 
 
+def test_an_adapter_that_cannot_be_read_is_named_when_chosen_and_hides_no_other(service, tmp_path):
+    (tmp_path / "served" / "broken").mkdir(parents=True)
+    (tmp_path / "served" / "broken" / "adapter_model.safetensors").write_text("no weights")
+    service.adapters = AdapterFolders([tmp_path / "served", *service.adapters.folders])
+    assert "broken" in service.adapters.names()
+    assert [card.name for card in service.adapters.cards()] == ["edges", "one", "two"]
+    with pytest.raises(BOFTError, match="no readable safetensors file"):
+        service.draw(wish("broken"))
+    service.draw(wish("one"))
+
+
 @pytest.mark.parametrize(
     "change, words",
     [

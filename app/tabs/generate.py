@@ -11,28 +11,37 @@ from app.service import LARGEST_SEED, MOST_PICTURES, Service, Wish, read_upload
 from app.widgets import ON_MODEL, QUIET, adapter_choice, adapter_choices, owner_of, picture_input, progress_of, told
 from boft.schedulers import SCHEDULERS
 
+BASE_CARD = "The base model alone."
+
 
 def generate_tab(page: gr.Blocks, service: Service, prompt: str) -> gr.Dropdown:
     """Build the tab; returns its list of adapters, which other tabs keep up to date."""
     names = service.adapters.names()
+    # What is there when the page opens, so that the first picture need not wait for an answer.
+    start = next(iter(service.adapters.cards()), None)
+    first = service.adapters.examples(start.name) if start and start.control else []
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=320):
             with gr.Row():
-                adapter = adapter_choice(names, base=True, value=names[0] if names else "", elem_id="generate-adapter")
+                adapter = adapter_choice(
+                    names, base=True, value=start.name if start else "", elem_id="generate-adapter"
+                )
                 refresh = gr.Button("Look again", size="sm", min_width=80, scale=1, elem_id="generate-refresh")
-            card = gr.Markdown(elem_classes="card")
+            card = gr.Markdown(start.markdown() if start else BASE_CARD, elem_classes="card")
             words = gr.Textbox(prompt, label="Prompt", lines=2, placeholder="What to draw", elem_id="generate-prompt")
             negative = gr.Textbox(label="Negative prompt", placeholder="What the picture should not show")
             with gr.Row():
                 run = gr.Button("Generate", variant="primary", elem_id="generate-run")
                 stop = gr.Button("Cancel", variant="stop", elem_id="generate-cancel")
-            with gr.Column(visible=False) as control_group:
+            with gr.Column(visible=bool(start and start.control)) as control_group:
                 control = picture_input(
+                    value=str(first[0].path) if first else None,
                     label="Control image to follow",
                     height=180,
                     elem_id="generate-control",
                 )
                 examples = gr.Gallery(
+                    [(str(example.path), example.name) for example in first],
                     label="or one of these",
                     columns=6,
                     height=110,
@@ -79,7 +88,7 @@ def generate_tab(page: gr.Blocks, service: Service, prompt: str) -> gr.Dropdown:
     @told
     def show_adapter(name: str) -> tuple[Any, ...]:
         if not name:
-            return "The base model alone.", gr.Column(visible=False), []
+            return BASE_CARD, gr.Column(visible=False), []
         about = service.adapters.card(name)
         shown = [(str(example.path), example.name) for example in service.adapters.examples(name)]
         return about.markdown(), gr.Column(visible=bool(about.control)), shown
@@ -164,9 +173,10 @@ def generate_tab(page: gr.Blocks, service: Service, prompt: str) -> gr.Dropdown:
             control_file,
         )
 
-    gr.on([adapter.change, page.load], show_adapter, adapter, [card, control_group, examples], **QUIET)
+    adapter.change(show_adapter, adapter, [card, control_group, examples], **QUIET)
     # Only when a person chooses: settings that are read back bring a control image of their own.
-    gr.on([adapter.input, page.load], first_example, adapter, control, **QUIET)
+    adapter.input(first_example, adapter, control, **QUIET)
+    page.load(look_again, adapter, adapter, **QUIET)
     refresh.click(look_again, adapter, adapter, **QUIET)
     examples.select(pick_example, adapter, control, **QUIET)
     dice.click(lambda: random.randint(0, LARGEST_SEED), None, seed, **QUIET)

@@ -14,7 +14,12 @@ def inside_tab(tab: gr.Tab, service: Service) -> gr.Dropdown:
     names = service.adapters.names()
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=320):
-            adapter = adapter_choice(names, base=False, value=names[0] if names else None, elem_id="inside-adapter")
+            adapter = adapter_choice(
+                names,
+                base=False,
+                value=next((card.name for card in service.adapters.cards()), None),
+                elem_id="inside-adapter",
+            )
             facts = gr.Markdown(elem_id="inside-summary")
             layer = gr.Dropdown([], label="Layer", allow_custom_value=True, elem_id="inside-layer")
             gr.Markdown("### Trained parameters")

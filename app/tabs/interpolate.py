@@ -21,11 +21,14 @@ identity one at a time, the widest first: all of them is the adapted model, none
 head, where it follows an image). Nothing is trained or loaded anew on the way."""
 
 
-def interpolate_tab(page: gr.Blocks, tab: gr.Tab, service: Service, interpolation: Interpolation, prompt: str) -> Any:
+def interpolate_tab(tab: gr.Tab, service: Service, interpolation: Interpolation, prompt: str) -> Any:
     """Build the tab; returns its list of adapters, which other tabs keep up to date."""
     names = service.adapters.names()
-    start = next((name for name in names if _control(service, name)), names[0] if names else None)
-    m = interpolation.factor_count(start) if start else 1
+    cards = service.adapters.cards()
+    card = next((card for card in cards if card.control), next(iter(cards), None))
+    start, m = (card.name, card.m) if card else (None, 1)
+    # What is there when the page opens, so that the first picture need not wait for an answer.
+    first = service.adapters.examples(start) if card and card.control else []
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=320):
             adapter = adapter_choice(names, base=False, value=start, elem_id="interpolate-adapter")
@@ -33,8 +36,9 @@ def interpolate_tab(page: gr.Blocks, tab: gr.Tab, service: Service, interpolatio
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=110)
                 dice = gr.Button("Random", size="sm", min_width=80, scale=0)
-            with gr.Column(visible=False) as control_group:
+            with gr.Column(visible=bool(card and card.control)) as control_group:
                 examples = gr.Gallery(
+                    [(str(example.path), example.name) for example in first],
                     label="Control images: choose one",
                     columns=6,
                     height=110,
@@ -45,12 +49,13 @@ def interpolate_tab(page: gr.Blocks, tab: gr.Tab, service: Service, interpolatio
                     elem_id="interpolate-examples",
                 )
                 control = picture_input(
+                    value=str(first[0].path) if first else None,
                     label="or upload one",
                     height=170,
                     elem_id="interpolate-control",
                 )
                 editor = gr.HTML(
-                    editor_value(None, service.size),
+                    editor_value(first[0].landmarks if first else None, service.size),
                     html_template="<div class='editor'></div>",
                     js_on_load=EDITOR,
                     elem_id="landmark-editor",
@@ -62,7 +67,7 @@ def interpolate_tab(page: gr.Blocks, tab: gr.Tab, service: Service, interpolatio
                 control_scale = gr.Slider(0, 2, 1.0, step=0.05, label="How strongly the control image is followed")
                 follow = gr.Checkbox(
                     True,
-                    label="Output scales go with the factors (else they stay, and 0 factors is not the base model)",
+                    label="Output scales go with the factors, so that 0 factors is the base model",
                 )
             gr.Markdown(EXPLANATION)
         with gr.Column(scale=3, min_width=320):
@@ -192,6 +197,8 @@ def interpolate_tab(page: gr.Blocks, tab: gr.Tab, service: Service, interpolatio
 
     @told
     def show_adapter(name: str, continuous: bool) -> tuple[Any, ...]:
+        if not name:
+            return (gr.skip(),) * 6
         count = interpolation.factor_count(name)
         has_control = _control(service, name)
         shown = service.adapters.examples(name) if has_control else []
@@ -246,7 +253,6 @@ def interpolate_tab(page: gr.Blocks, tab: gr.Tab, service: Service, interpolatio
     whole.change(lambda fine: gr.Slider(step=0.1 if fine else 1), whole, slider, **QUIET)
     dice.click(lambda: random.randint(0, LARGEST_SEED), None, seed, **QUIET)
     parts = [slider, control_group, examples, control, editor, network]
-    page.load(show_adapter, [adapter, whole], parts, **QUIET)
     adapter.change(show_adapter, [adapter, whole], parts, **QUIET).then(api_visibility="private", **draw)
     examples.select(pick_example, adapter, [control, editor], **QUIET)
     editor.input(redraw, editor, control, **QUIET)
