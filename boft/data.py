@@ -53,7 +53,10 @@ class CaptionedPicture:
 
     def open_control(self) -> Image.Image:
         if self.make_control is not None:
-            return self.make_control(self.open())
+            try:
+                return self.make_control(self.open())
+            except BOFTError as error:
+                raise BOFTError(f"{self.name}: {error}") from None
         return read_picture(self.control, f"{self.name} (control image)")
 
 

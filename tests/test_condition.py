@@ -131,3 +131,11 @@ def test_edge_scores_pixel_by_pixel():
         assert scores.f1 == pytest.approx(2 * precision * recall / max(precision + recall, 1e-9))
     assert edge_f1(found, found).f1 == 1
     assert edge_f1(np.zeros_like(found), wanted).f1 == 0
+
+
+@pytest.mark.parametrize(
+    "measure", [landmark_error, edge_f1, lambda found, wanted: segmentation_scores(found, wanted, 3)]
+)
+def test_maps_of_different_shapes_are_not_compared(measure):
+    with pytest.raises(BOFTError, match=r"of one shape are compared, not \[1, 4, 4\] with \[1, 4, 5\]"):
+        measure(np.zeros((1, 4, 4)), np.zeros((1, 4, 5)))

@@ -290,6 +290,14 @@ def test_chosen_positions_and_order(models, tmp_path):
     assert (report["positions"], report["order"]) == ([3, 0.5], [0, 2, 1])
 
 
+@pytest.mark.parametrize("name", ["strip.png", "interpolation.json", "000-a-loop.gif"])
+def test_a_file_that_cannot_be_written_is_named(models, tmp_path, capsys, name):
+    (tmp_path / name).mkdir()
+    arguments = ["interpolate", "--adapter", models / "adapter", "--prompt", "a", "--steps", "1", "--output", tmp_path]
+    assert main([*map(str, arguments), "--positions", "3,0"]) == 2
+    assert f"{name} cannot be written: Is a directory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

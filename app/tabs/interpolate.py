@@ -69,8 +69,8 @@ def interpolate_tab(tab: gr.Tab, service: Service, interpolation: Interpolation,
                     True,
                     label="Output scales go with the factors, so that 0 factors is the base model",
                 )
-            gr.Markdown(EXPLANATION)
         with gr.Column(scale=3, min_width=320):
+            gr.Markdown(EXPLANATION)
             with gr.Group():
                 slider = gr.Slider(
                     0,

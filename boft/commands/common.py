@@ -3,7 +3,8 @@
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +151,15 @@ def prepare_folder(folder: Path, output: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BOFTError(f"--output {output} cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Turns what the system says of a file that cannot be written into one sentence that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise BOFTError(f"{error.filename or output} cannot be written: {error.strerror or error}") from error
 
 
 def settings(arguments: argparse.Namespace, base_model: str, *more: str) -> dict[str, Any]:

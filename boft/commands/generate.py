@@ -58,7 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
         **common.drawing_options(arguments),
     )
     facts = common.settings(arguments, base_model, "factors", "merge", "control_image")
-    _save(pictures, pairs, facts, arguments.output)
+    with common.writing(arguments.output):
+        _save(pictures, pairs, facts, arguments.output)
 
 
 def parse_factors(text: str) -> int | float | list[int]:

@@ -78,19 +78,21 @@ def run(arguments: argparse.Namespace) -> None:
         stem = f"{number:03d}-{common.slug(prompt)}"
         pictures = _draw(pipe, prompt, control, at, arguments)
         files = [f"{stem}-factors{position:g}.png" for position in at]
-        for position, picture, file in zip(at, pictures, files, strict=True):
-            picture_facts = {"prompt": prompt, "seed": arguments.seed, "factors": position} | facts
-            common.save_picture(picture, arguments.output / file, picture_facts)
         loop = f"{stem}-loop.{'mp4' if arguments.mp4 else 'gif'}"
-        interpolate.save_loop(pictures, arguments.output / loop)
+        with common.writing(arguments.output):
+            for position, picture, file in zip(at, pictures, files, strict=True):
+                picture_facts = {"prompt": prompt, "seed": arguments.seed, "factors": position} | facts
+                common.save_picture(picture, arguments.output / file, picture_facts)
+            interpolate.save_loop(pictures, arguments.output / loop)
         print(arguments.output / loop)
         rows.append((prompt, pictures))
         differences = interpolate.neighbour_differences(pictures)
         report.append({"prompt": prompt, "files": files, "loop": loop, "neighbour_differences": differences})
     written = {"m": m, "positions": at, "seed": arguments.seed, "rows": report} | facts
-    (arguments.output / "interpolation.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    with common.writing(arguments.output):
+        (arguments.output / "interpolation.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        interpolate.strip(rows, at, m).save(arguments.output / "strip.png")
     print(arguments.output / "interpolation.json")
-    interpolate.strip(rows, at, m).save(arguments.output / "strip.png")
     print(arguments.output / "strip.png")
 
 

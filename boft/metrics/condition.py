@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from boft.errors import BOFTError
+
 
 @dataclass(frozen=True)
 class LandmarkError:
@@ -18,6 +20,7 @@ def landmark_error(found: np.ndarray, wanted: np.ndarray) -> LandmarkError:
 
     A picture whose points are NaN on either side has no face there: it is counted as missed, not averaged.
     """
+    _require_same_shape("landmarks", found, wanted)
     distances = np.linalg.norm(np.asarray(found, np.float64) - np.asarray(wanted, np.float64), axis=-1).mean(-1)
     seen = ~np.isnan(distances)
     mean = float(distances[seen].mean()) if seen.any() else float("nan")
@@ -38,6 +41,7 @@ def segmentation_scores(found: np.ndarray, wanted: np.ndarray, class_count: int)
 
     Pixels whose wanted class is not one of `class_count` (ADE20K marks those without a label by 255) do not count.
     """
+    _require_same_shape("class maps", found, wanted)
     labelled = np.asarray(wanted) < class_count
     found, wanted = np.asarray(found)[labelled], np.asarray(wanted)[labelled]
     pairs = np.asarray(wanted, np.int64) * class_count + np.asarray(found, np.int64)
@@ -62,10 +66,17 @@ class EdgeScores:
 
 def edge_f1(found: np.ndarray, wanted: np.ndarray, tolerance: int = 1) -> EdgeScores:
     """Scores of boolean edge maps [N, H, W] over all of them; `tolerance` is in pixels, along each axis."""
+    _require_same_shape("edge maps", found, wanted)
+    found, wanted = np.asarray(found, bool), np.asarray(wanted, bool)
     precision = _share_near(found, wanted, tolerance)
     recall = _share_near(wanted, found, tolerance)
     total = precision + recall
     return EdgeScores(precision, recall, 2 * precision * recall / total if total else 0.0)
+
+
+def _require_same_shape(what: str, found: np.ndarray, wanted: np.ndarray) -> None:
+    if np.shape(found) != np.shape(wanted):
+        raise BOFTError(f"{what} of one shape are compared, not {list(np.shape(found))} with {list(np.shape(wanted))}")
 
 
 def _share_near(edges: np.ndarray, others: np.ndarray, tolerance: int) -> float:
