@@ -1,6 +1,7 @@
 """The pictures between adapted and base model: made once, kept, and made ahead of the person who looks at them."""
 
 import hashlib
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from boft.interpolate import positions, save_loop, strengths_at, strip
 MOST_KEPT = 600
 # Positions are told apart to a hundredth of a factor.
 DIGITS = 2
+
+log = logging.getLogger(__name__)
 
 
 class View(NamedTuple):
@@ -130,6 +133,10 @@ class Interpolation:
                 done = missing is None or self._prepare_one(view, missing)
             except BOFTError:
                 # The person is told by the picture that they asked for.
+                missing, done = None, True
+            except Exception:
+                # Whatever it was, the next one who looks is to be prepared for.
+                log.exception("preparing pictures failed")
                 missing, done = None, True
             with self._changed:
                 if missing is None and self._goal is not None and self._goal[0] is view:

@@ -25,7 +25,7 @@ from app.adapters import AdapterFolders
 from boft.adapter import components_of
 from boft.commands.common import METADATA_KEY
 from boft.control import heads_of
-from boft.data import square
+from boft.data import read_picture, square
 from boft.errors import BOFTError
 from boft.pipeline import generate, load_pipeline
 from boft.schedulers import SCHEDULERS, make_scheduler
@@ -348,12 +348,13 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
 
 
 def read_upload(path: str | Path) -> Image.Image:
-    """An uploaded picture, whole, RGB. Raises BOFTError as `opened` does, and for one that breaks off."""
-    with opened(path) as image:
-        try:
-            return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError):
-            raise BOFTError(f"{Path(path).name} is damaged: its pixels cannot be read") from None
+    """An uploaded picture, whole, RGB and upright. Raises BOFTError as `opened` does, and for one that breaks off."""
+    with opened(path):
+        pass
+    try:
+        return read_picture(Path(path))
+    except BOFTError:
+        raise BOFTError(f"{Path(path).name} is damaged: its pixels cannot be read") from None
 
 
 def _refuse_bomb(image: Image.Image, name: str = "the control image") -> None:

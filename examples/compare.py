@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(all of them)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
-    parser.add_argument("--steps", type=int, default=400, help="training steps (400)")
+    parser.add_argument("--steps", type=int, default=300, help="training steps (300)")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures a step (8)")
     parser.add_argument("--count", type=int, default=100, help="held-out control images (100)")
     parser.add_argument("--config", default=CONFIG, help=f"training settings ({CONFIG})")

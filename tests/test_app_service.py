@@ -340,6 +340,17 @@ def test_uploads_that_are_no_pictures_are_named(tmp_path):
         read_upload(tmp_path / "a.tiff")
 
 
+def test_a_photo_from_a_phone_is_upright(tmp_path):
+    lying = Image.new("RGB", (40, 20), "blue")
+    lying.paste("red", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90° clockwise
+    lying.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    upright = read_upload(tmp_path / "a.jpg")
+    assert upright.size == (20, 40)
+    assert upright.getpixel((10, 5))[0] > 200 and upright.getpixel((10, 35))[2] > 200
+
+
 def test_a_control_image_comes_to_the_pictures_size_with_its_colours_unmixed(service):
     halves = Image.new("RGB", (64, 40), "red")
     halves.paste("blue", (32, 0, 64, 40))
