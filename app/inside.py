@@ -55,9 +55,10 @@ class LayerInside:
         return torch.rad2deg(2 * torch.asin((squares.sqrt() / 2).clamp(max=1))).tolist()
 
     def orthogonality_error(self) -> float:
-        """The largest element of |R Rᵀ − I|."""
-        product = self.product().double()
-        return float((product @ product.T - torch.eye(self.d, dtype=torch.float64)).abs().max())
+        """The largest element of |B Bᵀ − I| over all blocks B, of which R is a product."""
+        blocks = self.blocks.double()
+        identity = torch.eye(blocks.shape[-1], dtype=torch.float64)
+        return float((blocks @ blocks.mT - identity).abs().max())
 
 
 def look_inside(service: Service, adapter: str) -> list[LayerInside]:
@@ -97,7 +98,7 @@ def summary(layers: Sequence[LayerInside]) -> str:
     return (
         f"**{trained:,} trained parameters** on {len(layers)} layers: "
         f"as many as LoRA of rank {trained / per_rank:.1f}. "
-        f"Every rotation is orthogonal to within {error:.0e} (the largest element of |R Rᵀ − I|)."
+        f"Every block is orthogonal to within {error:.0e} (the largest element of |B Bᵀ − I|)."
     )
 
 
