@@ -5,8 +5,9 @@
 
 Each run trains with the settings of `configs/control_landmarks_pocket.yaml`, but for the steps and the batch: the same
 data in the same order, the same noise, the same control head from the same start, the same layers. Only what adapts the
-layers differs, and its learning rate, which is the better one of RATES with the first seed. A run's result is one JSON
-in --output, and a run that has one is not repeated: a comparison that was stopped goes on, and processes can share it.
+layers differs, and its learning rate: that of METHODS, which are usual ones and not tuned, or the best of --rates with
+the first seed. A run's result is one JSON in --output, and a run that has one is not repeated: a comparison that was
+stopped goes on, and processes can share it.
 """
 
 import argparse
@@ -43,11 +44,11 @@ CONFIG = "configs/control_landmarks_pocket.yaml"
 class Method:
     """What adapts the layers: a butterfly of m factors and r blocks, or LoRA's low rank where `rank` is given.
 
-    rates: learning rates that are tried with the first seed; the other seeds take the better one.
+    learning_rate: the one for all seeds where none are tried.
     """
 
     label: str
-    rates: tuple[float, ...]
+    learning_rate: float
     m: int = 0
     r: int = 0
     rank: int = 0
@@ -55,9 +56,9 @@ class Method:
 
 # LoRA's rank is the one whose parameters come nearest to BOFT's, on the layers of the preset.
 METHODS = {
-    "lora": Method("LoRA r=4", (1e-3, 4e-3), rank=4),
-    "oft": Method("OFT r=16", (5e-3, 1.5e-2), m=1, r=16),
-    "boft": Method("BOFT m=2 r=32", (5e-3, 1.5e-2), m=2, r=32),
+    "lora": Method("LoRA r=4", 2e-3, rank=4),
+    "oft": Method("OFT r=16", 5e-3, m=1, r=16),
+    "boft": Method("BOFT m=2 r=32", 5e-3, m=2, r=32),
 }
 
 
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(all of them)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
+    parser.add_argument("--rates", nargs="+", type=float, help="learning rates to try with the first seed")
     parser.add_argument("--steps", type=int, default=300, help="training steps (300)")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures a step (8)")
     parser.add_argument("--count", type=int, default=100, help="held-out control images (100)")
@@ -77,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = []
     for name in arguments.methods:
         first, *others = arguments.seeds
-        tried = [result_of(name, first, rate, held_out, latents, arguments) for rate in METHODS[name].rates]
+        rates = arguments.rates or [METHODS[name].learning_rate]
+        tried = [result_of(name, first, rate, held_out, latents, arguments) for rate in rates]
         best = min(tried, key=lambda result: result["landmark_error_px"])
         results.append(best)
         for seed in others:

@@ -33,7 +33,19 @@ def config(tmp_path_factory) -> Path:
 
 def test_every_method_trains_and_a_run_that_is_done_is_not_repeated(config, tmp_path):
     command = [sys.executable, "-m", "examples.compare", "--steps", 2, "--batch_size", 2, "--count", 2]
-    command = [*map(str, command), "--seeds", "0", "1", "--config", str(config), "--output", str(tmp_path)]
+    command = [
+        *map(str, command),
+        "--seeds",
+        "0",
+        "1",
+        "--rates",
+        "1e-3",
+        "4e-3",
+        "--config",
+        str(config),
+        "--output",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
