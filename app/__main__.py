@@ -17,8 +17,8 @@ from boft.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST_UPLOAD = "20mb"
-POCKET_PROMPT = "a smiling woman with long red hair on the beach"
-OTHER_PROMPT = "a smiling woman on the beach"
+POCKET_PROMPT = "a woman with long red hair on the beach"
+OTHER_PROMPT = "a woman on the beach"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

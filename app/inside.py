@@ -20,6 +20,7 @@ LORA_RANKS = (1, 2, 4, 8, 16, 32)
 # Wider matrices are shown as the middle of this many rows and columns: their structure repeats.
 MOST_SHOWN = 512
 MOST_BLOCKS = 16
+MOST_NAMED = 48
 DPI = 130
 
 
@@ -155,11 +156,13 @@ def distances_figure(layers: Sequence[LayerInside]) -> Image.Image:
     values = np.full((len(layers), m), np.nan)
     for row, layer in enumerate(layers):
         values[row, m - layer.m :] = layer.distances()[::-1]
-    figure = Figure(figsize=(7.5, 1.3 + 0.17 * len(layers)), dpi=DPI, layout="constrained")
+    # Of many layers every second, third, … is named, so that the figure stays in view.
+    every = -(-len(layers) // MOST_NAMED)
+    figure = Figure(figsize=(7.5, 1.3 + 0.17 * min(len(layers), MOST_NAMED)), dpi=DPI, layout="constrained")
     axis = figure.subplots()
     picture = axis.imshow(values, cmap="magma", aspect="auto", interpolation="nearest", vmin=0)
     axis.set_xticks(range(m), [f"factor {m - column}" for column in range(m)])
-    axis.set_yticks(range(len(layers)), [_short(layer.name) for layer in layers], fontsize=7)
+    axis.set_yticks(range(0, len(layers), every), [_short(layer.name) for layer in layers[::every]], fontsize=7)
     axis.set_xlabel("the widest factor on the left")
     figure.colorbar(picture, ax=axis, label="root mean square angle, degrees")
     return rendered(figure)

@@ -70,7 +70,7 @@ def train_tab(page: gr.Blocks, service: Service, training: Training, lists: Sequ
             loss = gr.Image(label="Loss", format="png", interactive=False, elem_id="train-loss", buttons=[])
             previews = gr.Gallery(
                 label="Previews, the latest first",
-                columns=1,
+                preview=True,
                 object_fit="contain",
                 format="png",
                 height=420,
