@@ -256,7 +256,7 @@ def make_schedule(optimizer: Optimizer, config: TrainingConfig) -> LRScheduler:
     except (ValueError, IndexError) as error:
         raise BOFTError(f"--lr_scheduler {config.lr_scheduler} cannot be set up: {error}.") from None
     for index, group in enumerate(optimizer.param_groups):
-        last = getattr(config, f"{group['name']}_train_steps", None)
+        last = getattr(config, f"{group.get('name')}_train_steps", None)
         if last is not None:
             schedule.lr_lambdas[index] = partial(_until, last, schedule.lr_lambdas[index])
     return schedule
