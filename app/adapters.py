@@ -67,6 +67,7 @@ class AdapterFolders:
 
     def __init__(self, folders: Sequence[Path]):
         self.folders = [Path(folder) for folder in folders]
+        self._cards: dict[str, tuple[tuple, AdapterCard]] = {}
 
     def names(self) -> list[str]:
         """The adapters there are now, sorted."""
@@ -88,11 +89,13 @@ class AdapterFolders:
 
     def card(self, name: str) -> AdapterCard:
         """Raises BOFTError for a name that is not served, or an adapter that cannot be read."""
-        folder = self.folder(name)
+        folder, stamp = self.folder(name), self.stamp(name)
+        if (known := self._cards.get(name)) and known[0] == (folder, stamp):
+            return known[1]
         config = read_adapter_config(folder)
         settings = next(iter(config["config"].values()))
         control = next((head["kind"] or "a control image" for head in config["control"].values()), "")
-        return AdapterCard(
+        card = AdapterCard(
             name,
             folder,
             control,
@@ -104,6 +107,9 @@ class AdapterFolders:
             len(config["layers"]),
             config["base_model"],
         )
+        # The page asks again and again, while a slider moves and a strip fills.
+        self._cards[name] = ((folder, stamp), card)
+        return card
 
     def cards(self) -> list[AdapterCard]:
         """Those of all adapters that can be read; of another one a person is told why not when choosing it."""

@@ -23,6 +23,7 @@ from app.adapters import AdapterFolders
 from app.service import opened, read_upload
 from boft.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config
 from boft.checkpoint import checkpoints
+from boft.commands.common import slug
 from boft.config import DreamBoothConfig, read_yaml
 from boft.errors import BOFTError
 from boft.preview import BEFORE_AFTER, PREVIEWS
@@ -136,7 +137,7 @@ class Training:
             "pretrained_model_name_or_path": self.base_model,
             "instance_data_dir": target / PHOTOS,
             "instance_prompt": subject,
-            "class_data_dir": self.folder / f".class-{order.preset}-{_slug(order.kind)}",
+            "class_data_dir": self.folder / f".class-{order.preset}-{slug(order.kind)}",
             "output_dir": target,
             "max_train_steps": order.steps,
             "checkpointing_steps": max(order.steps, 1),
@@ -256,10 +257,6 @@ def _renamed(prompt: str, kind: str) -> str:
     """A preset's class prompt, "a vase on the beach", for another kind of thing: its second word is replaced."""
     article, _, *rest = prompt.split(maxsplit=2)
     return " ".join((article, kind, *rest))
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "thing"
 
 
 def _losses(path: Path) -> list[tuple[int, float]]:

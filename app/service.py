@@ -7,9 +7,9 @@ import base64
 import binascii
 import dataclasses
 import io
+import itertools
 import json
 import logging
-import re
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 import boft
 from app.adapters import AdapterFolders
 from boft.adapter import components_of
-from boft.commands.common import METADATA_KEY
+from boft.commands.common import METADATA_KEY, slug
 from boft.control import heads_of
 from boft.data import read_picture, square
 from boft.errors import BOFTError
@@ -104,6 +104,7 @@ class Service:
         self._waiting = 0
         self._counter = threading.Lock()
         self._loaded: tuple[str, tuple[int, int]] | None = None
+        self._numbers = itertools.count()
         self._works: dict[str, set[threading.Event]] = {}
 
     @property
@@ -281,11 +282,7 @@ class Service:
             fitted(wish.control_image, self.size).save(buffer, "PNG")
             info.add_itxt(CONTROL_KEY, base64.b64encode(buffer.getvalue()).decode())
         self.output.mkdir(parents=True, exist_ok=True)
-        words = re.sub(r"[^a-z0-9]+", "-", wish.prompt.lower()).strip("-")[:40] or "picture"
-        with self._counter:
-            number = sum(1 for _ in self.output.glob("*.png"))
-            path = self.output / f"{number:05d}-{words}-seed{seed}.png"
-            path.touch()
+        path = self.output / f"{next(self._numbers):05d}-{slug(wish.prompt)}-seed{seed}.png"
         picture.save(path, pnginfo=info)
         return path
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from app.adapters import ControlExample
 from app.service import Cancelled
 from boft.errors import BOFTError
 
@@ -53,6 +54,26 @@ def picture_input(**options: Any) -> gr.Image:
     image = gr.Image(type="filepath", sources=["upload", "clipboard"], **options)
     image.preprocess = lambda payload: None if payload is None else payload.path
     return image
+
+
+def example_gallery(examples: Sequence[ControlExample], label: str, elem_id: str) -> gr.Gallery:
+    """Control images to choose one from."""
+    return gr.Gallery(
+        thumbnails(examples),
+        label=label,
+        columns=6,
+        height=110,
+        object_fit="contain",
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+        elem_id=elem_id,
+    )
+
+
+def thumbnails(examples: Sequence[ControlExample]) -> list[tuple[str, str]]:
+    """The examples as a gallery takes them: file and name."""
+    return [(str(example.path), example.name) for example in examples]
 
 
 def adapter_choices(names: Sequence[str], base: bool) -> list[tuple[str, str]]:

@@ -8,7 +8,18 @@ from typing import Any
 import gradio as gr
 
 from app.service import LARGEST_SEED, MOST_PICTURES, Service, Wish, read_upload
-from app.widgets import ON_MODEL, QUIET, adapter_choice, adapter_choices, owner_of, picture_input, progress_of, told
+from app.widgets import (
+    ON_MODEL,
+    QUIET,
+    adapter_choice,
+    adapter_choices,
+    example_gallery,
+    owner_of,
+    picture_input,
+    progress_of,
+    thumbnails,
+    told,
+)
 from boft.schedulers import SCHEDULERS
 
 BASE_CARD = "The base model alone."
@@ -40,16 +51,7 @@ def generate_tab(page: gr.Blocks, service: Service, prompt: str) -> gr.Dropdown:
                     height=180,
                     elem_id="generate-control",
                 )
-                examples = gr.Gallery(
-                    [(str(example.path), example.name) for example in first],
-                    label="or one of these",
-                    columns=6,
-                    height=110,
-                    object_fit="contain",
-                    allow_preview=False,
-                    interactive=False,
-                    buttons=[],
-                )
+                examples = example_gallery(first, "or one of these", "generate-examples")
                 control_scale = gr.Slider(0, 2, 1.0, step=0.05, label="How strongly it is followed")
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=110)
@@ -90,7 +92,7 @@ def generate_tab(page: gr.Blocks, service: Service, prompt: str) -> gr.Dropdown:
         if not name:
             return BASE_CARD, gr.Column(visible=False), []
         about = service.adapters.card(name)
-        shown = [(str(example.path), example.name) for example in service.adapters.examples(name)]
+        shown = thumbnails(service.adapters.examples(name))
         return about.markdown(), gr.Column(visible=bool(about.control)), shown
 
     @told

@@ -12,7 +12,18 @@ from app.drawing import butterfly_svg
 from app.face import draw_face, editor_value
 from app.interpolation import Interpolation, View
 from app.service import LARGEST_SEED, Service, Wish, read_upload
-from app.widgets import ON_MODEL, QUIET, adapter_choice, owner_of, picture_input, progress_of, told
+from app.widgets import (
+    ON_MODEL,
+    QUIET,
+    adapter_choice,
+    example_gallery,
+    owner_of,
+    picture_input,
+    progress_of,
+    thumbnails,
+    told,
+)
+from boft.errors import BOFTError
 from boft.interpolate import require_mp4, strengths_at
 
 EDITOR = Path(__file__).with_name("landmark_editor.js").read_text(encoding="utf-8")
@@ -37,17 +48,7 @@ def interpolate_tab(tab: gr.Tab, service: Service, interpolation: Interpolation,
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=110)
                 dice = gr.Button("Random", size="sm", min_width=80, scale=0)
             with gr.Column(visible=bool(card and card.control)) as control_group:
-                examples = gr.Gallery(
-                    [(str(example.path), example.name) for example in first],
-                    label="Control images: choose one",
-                    columns=6,
-                    height=110,
-                    object_fit="contain",
-                    allow_preview=False,
-                    interactive=False,
-                    buttons=[],
-                    elem_id="interpolate-examples",
-                )
+                examples = example_gallery(first, "Control images: choose one", "interpolate-examples")
                 control = picture_input(
                     value=str(first[0].path) if first else None,
                     label="or upload one",
@@ -207,7 +208,7 @@ def interpolate_tab(tab: gr.Tab, service: Service, interpolation: Interpolation,
         return (
             gr.Slider(maximum=count, value=count, step=0.1 if continuous else 1),
             gr.Column(visible=has_control),
-            [(str(example.path), example.name) for example in shown],
+            thumbnails(shown),
             first,
             points,
             _network(count, count, service, name),
@@ -285,6 +286,6 @@ def _status(position: float, m: int) -> str:
 def _has_mp4() -> bool:
     try:
         require_mp4()
-    except Exception:
+    except BOFTError:
         return False
     return True

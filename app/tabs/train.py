@@ -98,7 +98,7 @@ def train_tab(page: gr.Blocks, service: Service, training: Training, lists: Sequ
         progress = training.progress()
         now = (progress.state, progress.name, progress.done, len(progress.previews))
         if now == seen and not progress.active:
-            return (gr.skip(),) * (4 + len(lists)) + (gr.Timer(active=False), seen)
+            return (gr.skip(),) * (3 + len(lists)) + (gr.Timer(active=False), seen)
         curve = loss_figure(progress.losses, progress.total) if progress.losses else None
         shown = [str(path) for path in reversed(progress.previews)]
         ended = not progress.active and (not seen or seen[0] != progress.state)
@@ -109,7 +109,7 @@ def train_tab(page: gr.Blocks, service: Service, training: Training, lists: Sequ
         ]
         same_pictures = seen and seen[1] == progress.name and seen[3] == len(shown)
         pictures = gr.skip() if same_pictures else shown
-        return (_bar(progress), curve, pictures, gr.skip(), *updates, gr.Timer(active=progress.active), now)
+        return (_bar(progress), curve, pictures, *updates, gr.Timer(active=progress.active), now)
 
     def state() -> dict:
         """How the training stands: state, name, stage, done and total steps, seconds, message, the last loss."""
@@ -133,7 +133,7 @@ def train_tab(page: gr.Blocks, service: Service, training: Training, lists: Sequ
     run.click(train, inputs, [bar, ticker], concurrency_limit=8, api_name="train")
     stop.click(stop_training, None, bar, queue=False, api_name="stop_training")
     boxes = [box for box, _ in lists]
-    gr.on([ticker.tick, page.load], look, [seen, *boxes], [bar, loss, previews, stop, *boxes, ticker, seen], **QUIET)
+    gr.on([ticker.tick, page.load], look, [seen, *boxes], [bar, loss, previews, *boxes, ticker, seen], **QUIET)
     gr.api(state, api_name="training", queue=False)
 
 
