@@ -74,20 +74,23 @@ def cayley(skew: Tensor) -> Tensor:
         return torch.linalg.solve_ex(identity + skew, identity - skew, left=False, check_errors=False).result
 
 
-def rotate(columns: Tensor, blocks: Tensor, levels: Sequence[int]) -> Tensor:
-    """R X for X = columns [d, n], with R = B_{levels[-1]} ⋯ B_{levels[0]}.
+def rotate(columns: Tensor, blocks: Tensor, levels: Sequence[int], inverse: bool = False) -> Tensor:
+    """R X, or Rᵀ X if `inverse`, for X = columns [d, n], with R = B_{levels[-1]} ⋯ B_{levels[0]}.
 
     blocks [len(levels), r, b, b] holds the orthogonal blocks of each factor; level k has stride 2^k half-blocks.
     With X = W⁰ = weightᵀ this is the paper's R W⁰, with X = I it is R itself.
     """
     d, n = columns.shape
     r, b = blocks.shape[1:3]
+    factors = list(zip(levels, blocks, strict=True))
+    if inverse:
+        factors = [(level, factor.mT) for level, factor in reversed(factors)]
     top = max(levels)
     if top == 0:  # the plain block-diagonal factor, where b may be odd
-        return (blocks[0] @ columns.reshape(r, b, n)).reshape(d, n)
+        return (factors[0][1] @ columns.reshape(r, b, n)).reshape(d, n)
     # The half-block index in binary, one axis a bit: [r / 2^top, 2, …, 2, b/2, n]; the axis of bit k is top + 1 - k.
     x = columns.reshape(r >> top, *[2] * (top + 1), b // 2, n)
-    for factor, level in zip(blocks, levels, strict=True):
+    for level, factor in factors:
         # Bit k next to the features inside a half-block: what B_k couples is then contiguous.
         pairs = x.movedim(top + 1 - level, top + 1)
         x = (factor @ pairs.reshape(r, b, n)).view(pairs.shape).movedim(top + 1, top + 1 - level)

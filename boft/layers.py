@@ -9,15 +9,36 @@ is not scaled. Training, merging and export all take W' from `BOFTLayer.adapted_
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from boft.adapter_config import BOFTConfig
 from boft.butterfly import cayley, dropout_mask, full_precision, rotate, skew_matrix
 from boft.errors import BOFTError
+from boft.rotation import butterfly_rotation, cayley_blocks
+
+# One multiplication of a rotation, forward and backward, in multiplications of a plain matrix product: it is done four
+# times (out, again in the backward, the gradient, the blocks' gradient), each in small products between two copies.
+# Measured by `python -m benchmarks.speed --preset growth`; see benchmarks/README.md.
+ROTATION_COST = 10
+
+
+_steps = itertools.count()
+_last_step = next(_steps)
+
+
+def _count_step(*_: object) -> None:
+    global _last_step
+    _last_step = next(_steps)
+
+
+# PyTorch's fused optimizers change parameters without counting it in the parameters' versions.
+register_optimizer_step_post_hook(_count_step)
 
 
 class ButterflyAdapter(nn.Module):
@@ -43,6 +64,7 @@ class ButterflyAdapter(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n, **options)) if config.bias == "boft_only" else None
         self.strengths = (1.0,) * self.m
         self.follow = True
+        self._blocks: tuple[tuple, Tensor] | None = None
 
     @property
     def share(self) -> float:
@@ -64,8 +86,8 @@ class ButterflyAdapter(nn.Module):
         """Whether multiplicative dropout is asked for in training."""
         return bool(self.config.p1 and self.config.p2)
 
-    def blocks(self, dtype: torch.dtype, dropout: bool = False) -> Tensor:
-        """Orthogonal blocks [len(levels), r, b, b] of the active factors, with multiplicative dropout if asked."""
+    def applied_skew(self, dropout: bool = False) -> Tensor:
+        """Skew parameters [len(levels), r, b(b-1)/2] at their strengths, with multiplicative dropout if asked."""
         skew = self.skew if len(self.levels) == self.m else self.skew[list(self.levels)]
         strengths = [self.strengths[level] for level in self.levels]
         if any(strength != 1 for strength in strengths):
@@ -74,14 +96,34 @@ class ButterflyAdapter(nn.Module):
             # Zero skew is the identity block, and passes no gradient: dropping Q drops the block.
             dropped = dropout_mask(*skew.shape[:2], self.config.p1, self.config.p2, skew.device)
             skew = skew.masked_fill(dropped[..., None], 0)
-        return cayley(skew_matrix(skew.to(dtype), self.b))
+        return skew
 
-    def rotated(self, columns: Tensor, dropout: bool = False) -> Tensor:
-        """R X for X = columns [d, n], in the dtype of columns (float32 or float64)."""
+    def rotated(self, columns: Tensor, dropout: bool = False, inverse: bool = False) -> Tensor:
+        """R X, or Rᵀ X if `inverse`, for X = columns [d, c]; in the dtype of columns (float32 or float64)."""
         if not self.levels:
             return columns
+        skew = self.applied_skew(dropout).to(columns.dtype)
         with full_precision(columns.device):
-            return rotate(columns, self.blocks(columns.dtype, dropout), self.levels)
+            if torch.compiler.is_compiling():
+                # What a compiler can see through: it fuses and differentiates this by itself.
+                blocks = cayley(skew_matrix(skew, self.b))
+                return rotate(columns, blocks, self.levels, inverse)
+            return butterfly_rotation(columns, skew, self._blocks_of(skew), self.levels, inverse)
+
+    def _blocks_of(self, skew: Tensor) -> Tensor:
+        """Orthogonal blocks of the applied skew; those of a training are made once an optimizer step."""
+        if skew is not self.skew or not (self.training and skew.requires_grad) or skew.is_inference():
+            return cayley_blocks(skew, self.b)
+        key = (skew.data_ptr(), skew._version, _last_step)
+        if self._blocks is None or self._blocks[0] != key:
+            # Over those of the last step, as the optimizer writes over its parameters: should a graph still need them,
+            # PyTorch notices.
+            self._blocks = (key, cayley_blocks(skew, self.b, out=None if self._blocks is None else self._blocks[1]))
+        return self._blocks[1]
+
+    def train(self, mode: bool = True) -> ButterflyAdapter:
+        self._blocks = None
+        return super().train(mode)
 
     def output_scale(self) -> Tensor | None:
         """s [n] as applied, None where it is one everywhere."""
@@ -101,6 +143,7 @@ class ButterflyAdapter(nn.Module):
             # Half precision would round small skew parameters away; of such a conversion only the device is taken.
             return moved if torch.finfo(moved.dtype).bits >= 32 else tensor.to(moved.device)
 
+        self._blocks = None
         return super()._apply(keep_precision, recurse)
 
     def extra_repr(self) -> str:
@@ -174,10 +217,15 @@ class BOFTLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The adapted layer's output for x, which has the base layer's input shape."""
-        if self.merged or not self.effective_adapters():
+        if self.merged or not (adapters := self.effective_adapters()):
             return self.base_layer(x)
-        weight, bias = self._cached_parameters() if self._constant() else self._fresh_parameters()
-        return self._run(x, weight, bias)
+        if self._constant():
+            return self._run(x, *self._cached_parameters())
+        self._cache = None
+        # In training only: in evaluation the kept, a fresh and a merged weight give the same output bit for bit.
+        if self.training and self._rotates_input(x, adapters):
+            return self._run_rotated(x, adapters)
+        return self._run(x, *self.adapted_parameters(dropout=self.training))
 
     def merge(self) -> None:
         """Put W' into the base layer; the base parameters themselves are kept aside."""
@@ -229,11 +277,6 @@ class BOFTLayer(nn.Module):
         tracked = not any(p.is_inference() for p in sources)  # inference tensors have no version to compare
         return tracked and not (torch.is_grad_enabled() and any(p.requires_grad for p in sources))
 
-    def _fresh_parameters(self) -> tuple[Tensor, Tensor | None]:
-        if self._cache is not None:
-            self._cache = None
-        return self.adapted_parameters(dropout=self.training)
-
     def _cached_parameters(self) -> tuple[Tensor, Tensor | None]:
         factors = [(adapter.strengths, adapter.follow) for adapter in self.effective_adapters()]
         versions = [(p.data_ptr(), p._version) for p in self._sources()]
@@ -245,7 +288,46 @@ class BOFTLayer(nn.Module):
                 self._cache = (key, *self.adapted_parameters())
         return self._cache[1:]
 
+    def _rotates_input(self, x: Tensor, adapters: list[ButterflyAdapter]) -> bool:
+        """Whether W (Rᵀx) costs less than (W Rᵀ) x, by `ROTATION_COST`, forward and backward together."""
+        tokens = self._tokens(x)
+        if tokens is None:
+            return False
+        d, n = adapters[0].d, adapters[0].n
+        for_one_column = ROTATION_COST * d * sum(len(adapter.levels) * adapter.b for adapter in adapters)
+        return tokens * for_one_column < n * for_one_column + tokens * d * n
+
+    def _run_rotated(self, x: Tensor, adapters: list[ButterflyAdapter]) -> Tensor:
+        """diag(s) W (Rᵀ x) + bias: the same function of x as `_run` with W', by way of the input."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        for adapter in adapters:
+            dtype = torch.promote_types(dtype, adapter.skew.dtype)
+        columns = self._to_columns(x).to(dtype)
+        for adapter in reversed(adapters):
+            columns = adapter.rotated(columns, dropout=self.training, inverse=True)
+        rotated = self._from_columns(columns.to(x.dtype), x)
+        scale, bias = _product([adapter.output_scale() for adapter in adapters]), self.bias
+        for adapter in adapters:
+            if (added := adapter.output_bias()) is not None:
+                bias = added if bias is None else bias + added
+        if scale is None:
+            return self._run(rotated, self.weight, None if bias is None else bias.to(self.weight.dtype))
+        return self._scaled(self._run(rotated, self.weight, None), scale, bias)
+
     def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The base layer's function of x with this weight and bias."""
+        raise NotImplementedError
+
+    def _tokens(self, x: Tensor) -> int | None:
+        """How many columns x is, or None where a rotation of x is no rotation of the weight."""
+        raise NotImplementedError
+
+    def _to_columns(self, x: Tensor) -> Tensor:
+        """x as columns [d, tokens]."""
+        raise NotImplementedError
+
+    def _from_columns(self, columns: Tensor, x: Tensor) -> Tensor:
+        """Columns [d, tokens] in the shape of x."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -264,6 +346,18 @@ class BOFTLinear(BOFTLayer):
     def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
+    def _tokens(self, x: Tensor) -> int:
+        return x.numel() // self.in_features
+
+    def _to_columns(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, self.in_features).t()
+
+    def _from_columns(self, columns: Tensor, x: Tensor) -> Tensor:
+        return columns.t().reshape(x.shape)
+
+    def _scaled(self, y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        return _scale_and_shift(y, scale, bias)
+
 
 class BOFTConv2d(BOFTLayer):
     """An adapted `nn.Conv2d` of any kernel size, stride, padding, padding mode and dilation; not grouped."""
@@ -277,6 +371,33 @@ class BOFTConv2d(BOFTLayer):
     def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # The base layer's own convolution, so that every padding mode it knows is honoured.
         return self.base_layer._conv_forward(x, weight, bias)
+
+    def _tokens(self, x: Tensor) -> int | None:
+        # Only a 1×1 kernel sees one pixel at a time; padding adds zeros or copies of pixels, which commutes with it.
+        return x.numel() // self.in_channels if self.base_layer.kernel_size == (1, 1) else None
+
+    def _to_columns(self, x: Tensor) -> Tensor:
+        return x.movedim(-3, 0).reshape(self.in_channels, -1)
+
+    def _from_columns(self, columns: Tensor, x: Tensor) -> Tensor:
+        return columns.reshape(x.movedim(-3, 0).shape).movedim(0, -3)
+
+    def _scaled(self, y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        return _scale_and_shift(y, scale[:, None, None], None if bias is None else bias[:, None, None])
+
+
+def _product(factors: list[Tensor | None]) -> Tensor | None:
+    product = None
+    for factor in factors:
+        if factor is not None:
+            product = factor if product is None else product * factor
+    return product
+
+
+def _scale_and_shift(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """y · scale + bias in float32 or better, returned in the dtype of y."""
+    shifted = y * scale if bias is None else torch.addcmul(bias.to(scale.dtype), y.to(scale.dtype), scale)
+    return shifted.to(y.dtype)
 
 
 def layer_width(name: str, layer: nn.Module) -> tuple[int, int]:
