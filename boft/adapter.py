@@ -46,7 +46,11 @@ _CONFIG_KEYS = {
 }
 _LAYER_KEYS = {"kind": str, "m": int, "r": int, "b": int, "in": int, "out": int}
 _HEAD_KEYS = {"kind": str, "out_channels": int, "downscale": int}
-_COMPONENT_OF_CLASS = {"UNet2DConditionModel": "unet", "CLIPTextModel": "text_encoder"}
+_COMPONENT_OF_CLASS = {
+    "UNet2DConditionModel": "unet",
+    "CLIPTextModel": "text_encoder",
+    "CLIPTextModelWithProjection": "text_encoder_2",
+}
 _READABLE_DTYPES = ("F32", "F16", "BF16")
 
 Target = Any  # nn.Module | Mapping[str, nn.Module] | a diffusers pipeline, known by its `components`
