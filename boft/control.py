@@ -93,7 +93,9 @@ class ControlHeads(nn.Module):
         features: Tensor | int = 0
         for head in self.active_heads().values():
             weight = head.convolutions[0].weight
-            features = features + head(control.to(weight.device, weight.dtype))
+            # Offloaded weights are on no device; accelerate then moves each convolution's input itself.
+            device = control.device if weight.is_meta else weight.device
+            features = features + head(control.to(device, weight.dtype))
         self._features = (scale * features).repeat_interleave(repeats, dim=0)
         self._size = (control.shape[-1], control.shape[-2])
         try:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,13 @@ def control_tensor(images: ControlImage) -> Tensor:
 
 
 def accept_control_images(pipe: Any) -> None:
-    """Let a diffusers pipeline be called with `control_image=` and `control_scale=`, whichever pipeline it is."""
+    """Let a diffusers pipeline be called with `control_image=` and `control_scale=`.
+
+    Raises BOFTError for a pipeline that has a `control_image` of its own, as some with a ControlNet have.
+    """
     if not isinstance(pipe, _FollowsControl):
+        if "control_image" in signature(type(pipe).__call__).parameters:
+            raise BOFTError(f"{type(pipe).__name__} has a control_image of its own, so no adapter can follow one in it")
         pipe.__class__ = _following_class(type(pipe))
 
 

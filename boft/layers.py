@@ -176,8 +176,23 @@ class BOFTLayer(nn.Module):
         """The adapted layer's output for x, which has the base layer's input shape."""
         if self.merged or not self.effective_adapters():
             return self.base_layer(x)
+        if parts := [part for part in (self.base_layer, *self.active_adapters()) if hasattr(part, "_hf_hook")]:
+            return self._run_hooked(x, parts)
         weight, bias = self._cached_parameters() if self._constant() else self._fresh_parameters()
         return self._run(x, weight, bias)
+
+    def _run_hooked(self, x: Tensor, parts: list[nn.Module]) -> Tensor:
+        """As forward, with accelerate's hooks called, which keep weights elsewhere while they are not used.
+
+        W' is not kept: it would take the room that the hooks are there to save.
+        """
+        for part in parts:
+            (x,), _ = part._hf_hook.pre_forward(part, x)
+        try:
+            return self._run(x, *self.adapted_parameters(dropout=self.training))
+        finally:
+            for part in parts:
+                part._hf_hook.post_forward(part, None)
 
     def merge(self) -> None:
         """Put W' into the base layer; the base parameters themselves are kept aside."""
@@ -292,8 +307,18 @@ def layer_width(name: str, layer: nn.Module) -> tuple[int, int]:
         raise BOFTError(
             f"layer '{name}' ({kind}) has a quantised weight ({layer.weight.dtype}), which cannot be rotated"
         )
+    require_weights(name, layer)
     n = layer.weight.shape[0]
     return layer.weight.numel() // n, n
+
+
+def require_weights(name: str, layer: nn.Module) -> None:
+    """BOFTError where accelerate's hooks hold the weights of a layer, which is empty between its calls."""
+    if hasattr(layer, "_hf_hook") and layer.weight.is_meta:
+        raise BOFTError(
+            f"the weights of layer '{name}' are offloaded, so no adapter can be added, loaded, merged or unmerged: "
+            "do that before enable_sequential_cpu_offload, or after remove_all_hooks"
+        )
 
 
 def wrap(layer: nn.Linear | nn.Conv2d) -> BOFTLayer:
