@@ -7,6 +7,7 @@ before anything is changed.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from boft.layers import BOFTLayer, ButterflyAdapter, layer_width, require_weight
 from boft.targets import Target, components_of, modules_of, unwrap
 
 Factors = Real | Collection[int] | Mapping[int, float]
+
+log = logging.getLogger(__name__)
 
 # Attribute by which a merged base layer, back in its old place, knows the BOFT layer that it came from.
 _MERGED = "_boft_layer"
@@ -275,17 +278,21 @@ def merge(model: Target) -> None:
     """Put the active adapters into the base weights and the plain base layers back in their places.
 
     The model then has the base model's modules and speed. The base weights are kept for `unmerge`. Merging again does
-    nothing.
+    nothing. The log notes an output bias in layers that have none themselves: of a model saved with one,
+    `from_pretrained` leaves it out.
     """
     _require_any(model)
     attached = {layer: name for name, layer in boft_layers(model).items() if not layer.merged}
     for layer, name in attached.items():
         require_weights(name, layer.base_layer)
+    without = {name for layer, name in attached.items() if layer.bias is None}
     for layer in attached:
         layer.merge()
         # Past nn.Module.__setattr__, which would make the BOFT layer a submodule of its own base layer.
         layer.base_layer.__dict__[_MERGED] = layer
     _replace(model, {layer: layer.base_layer for layer in attached})
+    if new := sorted(without & {name for layer, name in attached.items() if layer.bias is not None}):
+        log.warning("Merged an output bias into %d layers whose kind has none, such as %s.", len(new), new[0])
 
 
 def unmerge(model: Target) -> None:

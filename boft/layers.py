@@ -107,6 +107,10 @@ class ButterflyAdapter(nn.Module):
         return f"m={self.m}, r={self.r}, b={self.b}, scale={self.scale is not None}, bias={self.bias is not None}"
 
 
+# Attributes of a layer that accelerate's and diffusers' hooks are kept in, which run when the layer itself is called.
+_HOOKS = {"_hf_hook", "_diffusers_hook"}
+
+
 class BOFTLayer(nn.Module):
     """A base layer with named adapters; those in `active` apply, the first one nearest to the base weight.
 
@@ -176,7 +180,7 @@ class BOFTLayer(nn.Module):
         """The adapted layer's output for x, which has the base layer's input shape."""
         if self.merged or not self.effective_adapters():
             return self.base_layer(x)
-        if parts := [part for part in (self.base_layer, *self.active_adapters()) if hasattr(part, "_hf_hook")]:
+        if parts := [part for part in (self.base_layer, *self.active_adapters()) if _HOOKS & part.__dict__.keys()]:
             return self._run_hooked(x, parts)
         weight, bias = self._cached_parameters() if self._constant() else self._fresh_parameters()
         return self._run(x, weight, bias)
@@ -184,8 +188,13 @@ class BOFTLayer(nn.Module):
     def _run_hooked(self, x: Tensor, parts: list[nn.Module]) -> Tensor:
         """As forward, with accelerate's hooks called, which keep weights elsewhere while they are not used.
 
-        W' is not kept: it would take the room that the hooks are there to save.
+        W' is not kept: it would take the room that the hooks are there to save. Raises BOFTError for diffusers' own.
         """
+        if any("_diffusers_hook" in part.__dict__ for part in parts):
+            raise BOFTError(
+                "group offloading at leaf level and layerwise casting act on layers that an adapter replaces: merge it "
+                "before, or use enable_model_cpu_offload, enable_sequential_cpu_offload or block_level groups"
+            )
         for part in parts:
             (x,), _ = part._hf_hook.pre_forward(part, x)
         try:
