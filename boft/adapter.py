@@ -73,8 +73,6 @@ def save_adapter(
     components = components_of(target)
     settings, layers, tensors = _adapter_parts(components, name)
     control = _head_parts(components, name, tensors)
-    if any(tensor.is_meta for tensor in tensors.values()):
-        raise BOFTError("the adapter cannot be saved: its weights are offloaded, or on the meta device")
     tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
     _require_finite(tensors, "the adapter cannot be saved")
     config = {
@@ -123,7 +121,8 @@ def load_adapter(
     `trainable` asks for gradients of the adapter's parameters and freezes everything else, as `boft.add_adapter` does;
     else the base is left as it is.
     """
-    path, config = _open_adapter(local_adapter(source, revision))
+    source = local_adapter(source, revision)
+    path, config = _open_adapter(source)
     components = _matching_components(components_of(target), config, path)
     if not (replace and name in inject.adapter_names(target)):
         inject.require_free_name(target, name)
@@ -178,6 +177,8 @@ def _adapter_parts(
                 tensors[f"{key}.boft_{part}"] = parameter
     if not layers:
         raise BOFTError(f"there is no adapter '{name}' to save in: {', '.join(components) or 'no component'}")
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise BOFTError(f"the adapter '{name}' cannot be saved: its weights are offloaded, or on the meta device")
     return settings, layers, tensors
 
 
