@@ -15,6 +15,7 @@ from boft.inject import (
     remove_adapter,
     set_adapter,
     set_factors,
+    set_strength,
     trainable_parameters,
     unmerge,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "set_factors",
+    "set_strength",
     "trainable_parameters",
     "unmerge",
 ]

@@ -25,8 +25,10 @@ import boft
 from boft import inject
 from boft.adapter_config import BOFTConfig
 from boft.control import ControlHead, attach_head, check_head, heads_of
+from boft.download import local_adapter
 from boft.errors import BOFTError
 from boft.layers import ButterflyAdapter, layer_width
+from boft.targets import Target, components_of
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -46,10 +48,7 @@ _CONFIG_KEYS = {
 }
 _LAYER_KEYS = {"kind": str, "m": int, "r": int, "b": int, "in": int, "out": int}
 _HEAD_KEYS = {"kind": str, "out_channels": int, "downscale": int}
-_COMPONENT_OF_CLASS = {"UNet2DConditionModel": "unet", "CLIPTextModel": "text_encoder"}
 _READABLE_DTYPES = ("F32", "F16", "BF16")
-
-Target = Any  # nn.Module | Mapping[str, nn.Module] | a diffusers pipeline, known by its `components`
 
 
 def save_adapter(
@@ -112,24 +111,31 @@ def load_adapter(
     name: str = "default",
     replace: bool = False,
     trainable: bool = False,
+    revision: str | None = None,
 ) -> dict[str, Any]:
     """Attach a saved adapter and make it the active one; returns its config as `read_adapter_config` does.
 
-    source is an adapter directory, or the .safetensors file alone. The file must fit exactly: a missing, extra,
-    misshapen or non-finite tensor, a layer that the model lacks or that has other dimensions is one BOFTError, before
-    anything is changed. `replace` allows a name already there. `trainable` asks for gradients of the adapter's
-    parameters and freezes everything else, as `boft.add_adapter` does; else the base is left as it is.
+    source is an adapter directory, the .safetensors file alone, or a Hub id, of which `revision` may name a branch, tag
+    or commit. The file must fit exactly: a missing, extra, misshapen or non-finite tensor, a layer that the model lacks
+    or that has other dimensions is one BOFTError, before anything is changed. `replace` allows a name already there.
+    `trainable` asks for gradients of the adapter's parameters and freezes everything else, as `boft.add_adapter` does;
+    else the base is left as it is.
     """
+    source = local_adapter(source, revision)
     path, config = _open_adapter(source)
     components = _matching_components(components_of(target), config, path)
-    for module in components.values():
-        if not (replace and name in inject.adapter_names(module)):
-            inject.require_free_name(module, name)
-        inject.require_unmerged(module, f"loading adapter '{name}'")
+    if not (replace and name in inject.adapter_names(target)):
+        inject.require_free_name(target, name)
+    inject.require_unmerged(target, f"loading adapter '{name}'")
     scale = getattr(target, "vae_scale_factor", None)
     adapters, heads = _build_adapters(components, config, path, scale)
+    if heads and isinstance(getattr(target, "unet", None), nn.Module) and not isinstance(target, nn.Module | Mapping):
+        # What pipelines need, numpy and Pillow, is not loaded with a bare model.
+        from boft.control_image import accept_control_images
+
+        accept_control_images(target)
+    inject.detach(target, name)
     for component, module in components.items():
-        inject.detach(module, name)
         inject.attach(module, adapters[component], name)
         parts: list[nn.Module] = list(adapters[component].values())
         if component in heads:
@@ -137,32 +143,17 @@ def load_adapter(
             parts.append(heads[component])
         if trainable:
             inject.train_only(module, parts)
-    if heads and isinstance(getattr(target, "unet", None), nn.Module) and not isinstance(target, nn.Module | Mapping):
-        # What pipelines need, numpy and Pillow, is not loaded with a bare model.
-        from boft.control_image import accept_control_images
-
-        accept_control_images(target)
+    # In the other components of a pipeline, too, this adapter is the one that is chosen now.
+    inject.set_adapter(target, name)
     return config
 
 
-def read_adapter_config(source: str | os.PathLike) -> dict[str, Any]:
-    """The checked JSON config of an adapter directory or file: base_model, prompts, step, config, layers, extra, ….
+def read_adapter_config(source: str | os.PathLike, *, revision: str | None = None) -> dict[str, Any]:
+    """The checked JSON config of an adapter, named as for `load_adapter`: base_model, prompts, step, config, layers, ….
 
     `config` holds the BOFTConfig values by component, `layers` each layer's geometry by `<component>.<module name>`.
     """
-    return _open_adapter(source)[1]
-
-
-def components_of(target: Target) -> dict[str, nn.Module]:
-    """The modules of a pipeline, a dict or a bare module, by component name."""
-    if isinstance(target, nn.Module):
-        module = inject.unwrap(target)
-        kinds = [_COMPONENT_OF_CLASS[c.__name__] for c in type(module).__mro__ if c.__name__ in _COMPONENT_OF_CLASS]
-        return {kinds[0] if kinds else "model": module}
-    parts = target if isinstance(target, Mapping) else getattr(target, "components", None)
-    if not isinstance(parts, Mapping):
-        raise BOFTError(f"expected a module, a diffusers pipeline or a dict of modules, not a {type(target).__name__}")
-    return {key: inject.unwrap(module) for key, module in parts.items() if isinstance(module, nn.Module)}
+    return _open_adapter(local_adapter(source, revision))[1]
 
 
 def _adapter_parts(
@@ -186,6 +177,8 @@ def _adapter_parts(
                 tensors[f"{key}.boft_{part}"] = parameter
     if not layers:
         raise BOFTError(f"there is no adapter '{name}' to save in: {', '.join(components) or 'no component'}")
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise BOFTError(f"the adapter '{name}' cannot be saved: its weights are offloaded, or on the meta device")
     return settings, layers, tensors
 
 

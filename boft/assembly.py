@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.optim import Optimizer
@@ -20,11 +21,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import boft
 from boft import inject
+from boft.butterfly import full_precision
 from boft.config import TrainingConfig, as_plain
 from boft.control_image import accept_control_images
 from boft.data import PictureSequence, Sequences
 from boft.errors import BOFTError
-from boft.latents import cache_latents, cache_prompts, encode_prompts
+from boft.latents import cache_latents, cache_prompts, encode_prompts, text_encoders
 from boft.pipeline import load_pipeline
 from boft.seeding import Stream, derive_seed
 from boft.training import DenoisingObjective, Run
@@ -91,9 +93,11 @@ def load_base_model(config: TrainingConfig, accelerator: Accelerator) -> Diffusi
         variant=config.variant,
     )
     _check_base_model(pipe, config)
-    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+    for module in (pipe.unet, pipe.vae, *text_encoders(pipe).values()):
         module.requires_grad_(False)
     pipe.vae.float()
+    # Previews are drawn under autocast, which would take the decoder back to halves.
+    pipe.vae.decode = partial(_decode_whole, pipe.vae.decode)
     if config.enable_xformers_memory_efficient_attention:
         try:
             pipe.unet.enable_xformers_memory_efficient_attention()
@@ -102,10 +106,17 @@ def load_base_model(config: TrainingConfig, accelerator: Accelerator) -> Diffusi
     return pipe
 
 
+def _decode_whole(decode: Callable, latents: torch.Tensor, *args: Any, **options: Any) -> Any:
+    with full_precision(latents.device):
+        return decode(latents.float(), *args, **options)
+
+
 def _check_base_model(pipe: DiffusionPipeline, config: TrainingConfig) -> None:
     model = config.pretrained_model_name_or_path
-    if not isinstance(pipe, StableDiffusionPipeline):
-        raise BOFTError(f"{model} is a {type(pipe).__name__}; a StableDiffusionPipeline (1.x or 2.x) can be trained.")
+    if not isinstance(pipe, StableDiffusionPipeline | StableDiffusionXLPipeline):
+        raise BOFTError(f"{model} is a {type(pipe).__name__}; Stable Diffusion 1.x, 2.x and XL can be trained.")
+    if pipe.text_encoder is None:
+        raise BOFTError(f"{model} has no text_encoder, like SDXL's refiner; the base model of SDXL can be trained.")
     taken, made = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
     if taken != made:
         raise BOFTError(f"{model} is no text-to-image model: its UNet takes {taken} channels, its latents have {made}.")
@@ -117,14 +128,14 @@ def _check_base_model(pipe: DiffusionPipeline, config: TrainingConfig) -> None:
 def add_adapters(
     pipe: DiffusionPipeline, config: TrainingConfig, checkpoint: Path | None = None, control: str | None = None
 ) -> dict[str, nn.Module]:
-    """Inject new adapters, or a checkpoint's, into the UNet and, when asked, the text encoder; returns these by name.
+    """Inject new adapters, or a checkpoint's, into the UNet and, when asked, the text encoders; returns these by name.
 
     `control` names what control images show; the UNet's adapter then has a control head. Raises BOFTError for layers
     that do not fit, or a checkpoint made with other adapter settings.
     """
     modules = {"unet": pipe.unet}
     if config.train_text_encoder:
-        modules["text_encoder"] = pipe.text_encoder
+        modules |= text_encoders(pipe)
     adapters = {name: adapter_settings(config, name) for name in modules}
     if checkpoint is None:
         for name, module in modules.items():
@@ -149,14 +160,14 @@ def add_adapters(
         module.train()
     if config.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
-        if config.train_text_encoder:
-            pipe.text_encoder.gradient_checkpointing_enable()
+        for name in modules.keys() - {"unet"}:
+            modules[name].gradient_checkpointing_enable()
     return modules
 
 
 def adapter_settings(config: TrainingConfig, component: str) -> boft.BOFTConfig:
     """The settings as `boft.add_adapter` takes them; one target that is no plain name is a regular expression."""
-    targets = config.text_encoder_target_modules if component == "text_encoder" else config.boft_target_modules
+    targets = config.boft_target_modules if component == "unet" else config.text_encoder_target_modules
     is_pattern = len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0])
     return boft.BOFTConfig(
         m=config.boft_m,
@@ -193,6 +204,9 @@ def prepare(
     parts = trained_parts(modules) if parts is None else parts
     optimizer = make_optimizer(parts, config, accelerator.num_processes)
     lr_scheduler = make_schedule(optimizer, config)
+    if "text_encoder_2" in modules:
+        # SDXL takes the embeddings from before an encoder's last layer, so that its adapters have no gradient there.
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     objective, optimizer = accelerator.prepare(objective, optimizer)
     run = Run(
         config,
@@ -214,7 +228,8 @@ def make_optimizer(parts: Mapping[str, list[nn.Parameter]], config: TrainingConf
     factor = config.gradient_accumulation_steps * config.train_batch_size * processes if config.scale_lr else 1
     groups = []
     for name, parameters in parts.items():
-        rate = {"name": name, "lr": (getattr(config, f"{name}_learning_rate", None) or config.learning_rate) * factor}
+        own = getattr(config, f"{name.removesuffix('_2')}_learning_rate", None)  # both text encoders have one rate
+        rate = {"name": name, "lr": (own or config.learning_rate) * factor}
         # Decay pulls a rotation towards the base model; an output scale, which starts at 1, it would only shrink.
         skews = [parameter for parameter in parameters if parameter.ndim > 1]
         vectors = [parameter for parameter in parameters if parameter.ndim == 1]

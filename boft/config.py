@@ -64,7 +64,7 @@ class TrainingConfig:
     boft_target_modules: tuple[str, ...] = setting(
         "UNet layers to adapt: name endings, or one regular expression", ("to_q", "to_k", "to_v")
     )
-    train_text_encoder: bool = setting("adapt the text encoder as well", False)
+    train_text_encoder: bool = setting("adapt the text encoder as well, of SDXL both", False)
     text_encoder_target_modules: tuple[str, ...] = setting(
         "text encoder layers to adapt: name endings, or one regular expression", ("q_proj", "k_proj", "v_proj")
     )
@@ -79,7 +79,7 @@ class TrainingConfig:
     gradient_accumulation_steps: int = setting("batches summed into one optimizer step", 1, minimum=1)
     max_train_steps: int = setting("optimizer steps", 2000, minimum=1)
     learning_rate: float = setting("learning rate of the UNet's adapter", 3e-5, above=0)
-    text_encoder_learning_rate: float | None = setting("the text encoder's; default: the same", None, above=0)
+    text_encoder_learning_rate: float | None = setting("the text encoders'; default: the same", None, above=0)
     scale_lr: bool = setting("multiply the learning rates by accumulation, batch size and processes", False)
     lr_scheduler: str = setting("learning-rate schedule", "constant", choices=SCHEDULES)
     lr_warmup_steps: int = setting("steps over which the rate rises from 0", 0, minimum=0)

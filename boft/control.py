@@ -7,7 +7,7 @@ the UNet as it was. A head belongs to the adapter of the same name, and applies 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from boft.errors import BOFTError
+
+Control = Tensor | Mapping[str, Tensor]
 
 CHANNELS = (16, 32, 96, 256)
 DOWNSCALES = (1, 2, 4, 8, 16)
@@ -84,16 +86,20 @@ class ControlHeads(nn.Module):
         return {name: self.heads[name] for name in self.active if name in self.heads}
 
     @contextmanager
-    def following(self, control: Tensor, scale: float = 1.0, repeats: int = 1) -> Iterator[None]:
+    def following(self, control: Control, scale: float = 1.0, repeats: int = 1) -> Iterator[None]:
         """A context in which the UNet follows the control images [B, 3, H, W] in 0 … 1, run through the heads once.
 
+        Every active head sees the same images, or its own of a mapping adapter name → images, all of one shape.
         The UNet's batch may be a multiple of B, laid out as for classifier-free guidance: all B, then all B again.
         `repeats` repeats each image's features in place, for several pictures of each prompt.
         """
         features: Tensor | int = 0
-        for head in self.active_heads().values():
-            weight = head.convolutions[0].weight
-            features = features + head(control.to(weight.device, weight.dtype))
+        controls = control if isinstance(control, Mapping) else dict.fromkeys(self.active_heads(), control)
+        for name, head in self.active_heads().items():
+            control, weight = controls[name], head.convolutions[0].weight
+            # Offloaded weights are on no device; accelerate then moves each convolution's input itself.
+            device = control.device if weight.is_meta else weight.device
+            features = features + head(control.to(device, weight.dtype))
         self._features = (scale * features).repeat_interleave(repeats, dim=0)
         self._size = (control.shape[-1], control.shape[-2])
         try:
@@ -164,7 +170,7 @@ def check_head(model: nn.Module, head: ControlHead) -> None:
 
 
 @contextmanager
-def following(model: nn.Module, control: Tensor | None, scale: float = 1.0, repeats: int = 1) -> Iterator[None]:
+def following(model: nn.Module, control: Control | None, scale: float = 1.0, repeats: int = 1) -> Iterator[None]:
     """As `ControlHeads.following`; without control images, or without an active head, nothing is added."""
     heads = heads_of(model)
     if control is None or heads is None or not heads.active_heads():

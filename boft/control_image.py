@@ -1,7 +1,8 @@
 """Control images → tensors, and diffusers pipelines that are called with them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,13 @@ def control_tensor(images: ControlImage) -> Tensor:
 
 
 def accept_control_images(pipe: Any) -> None:
-    """Let a diffusers pipeline be called with `control_image=` and `control_scale=`, whichever pipeline it is."""
+    """Let a diffusers pipeline be called with `control_image=` and `control_scale=`.
+
+    Raises BOFTError for a pipeline that has a `control_image` of its own, as some with a ControlNet have.
+    """
     if not isinstance(pipe, _FollowsControl):
+        if "control_image" in signature(type(pipe).__call__).parameters:
+            raise BOFTError(f"{type(pipe).__name__} has a control_image of its own, so no adapter can follow one in it")
         pipe.__class__ = _following_class(type(pipe))
 
 
@@ -50,12 +56,17 @@ class _FollowsControl:
     """What a pipeline gains with a control head; everything else is the pipeline's own."""
 
     def __call__(
-        self, *args: Any, control_image: ControlImage | None = None, control_scale: float = 1.0, **options: Any
+        self,
+        *args: Any,
+        control_image: ControlImage | Mapping[str, ControlImage] | None = None,
+        control_scale: float = 1.0,
+        **options: Any,
     ) -> Any:
         """The pipeline's own call, following a control image: one for all pictures, one a prompt or one a picture.
 
-        control_image: as large as the pictures; control_scale multiplies its features, 0 ignores it. Raises BOFTError
-        for an image missing where an adapter wants one, one too many, or of another size or mode.
+        control_image: as large as the pictures; where several adapters follow one, a mapping adapter name → its own.
+        control_scale multiplies its features, 0 ignores it. Raises BOFTError for an image missing where an adapter
+        wants one, one too many, or of another size or mode.
         """
         heads = heads_of(self.unet)
         active = heads.active_heads() if heads else {}
@@ -67,17 +78,30 @@ class _FollowsControl:
             return super().__call__(*args, **options)
         if not active:
             raise BOFTError("control_image was given, but no active adapter has a control head")
-        control, per_prompt = control_tensor(control_image), options.get("num_images_per_prompt") or 1
-        prompts = _prompt_count(args, options)
-        if len(control) not in (1, prompts, prompts * per_prompt):
+        control = _by_adapter(control_image, list(active))
+        count = len(next(iter(control.values())))
+        prompts, per_prompt = _prompt_count(args, options), options.get("num_images_per_prompt") or 1
+        if count not in (1, prompts, prompts * per_prompt):
             raise BOFTError(
-                f"{len(control)} control images do not go with {prompts} prompts of {per_prompt} pictures; "
+                f"{count} control images do not go with {prompts} prompts of {per_prompt} pictures; "
                 "give one, one a prompt or one a picture"
             )
-        repeats = per_prompt if 1 < len(control) == prompts else 1
+        repeats = per_prompt if 1 < count == prompts else 1
         # The pipeline's own call is under no_grad too.
         with torch.no_grad(), following(self.unet, control, control_scale, repeats):
             return super().__call__(*args, **options)
+
+
+def _by_adapter(images: ControlImage | Mapping[str, ControlImage], names: list[str]) -> dict[str, Tensor]:
+    """The control images of each adapter that follows one, [B, 3, H, W] of one shape."""
+    if not isinstance(images, Mapping):
+        return dict.fromkeys(names, control_tensor(images))
+    if set(images) != set(names):
+        raise BOFTError(f"control images are given for {', '.join(images) or 'none'}; {', '.join(names)} follow one")
+    controls = {name: control_tensor(image) for name, image in images.items()}
+    if len({control.shape for control in controls.values()}) > 1:
+        raise BOFTError(f"the control images of {', '.join(controls)} differ in size or number")
+    return controls
 
 
 def _prompt_count(args: tuple, options: dict[str, Any]) -> int:

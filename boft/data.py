@@ -164,6 +164,19 @@ def square(
     return ImageOps.mirror(square) if flip else square
 
 
+def view_ids(size: tuple[int, int], resolution: int, offset: float = 0.5, flip: bool = False) -> torch.Tensor:
+    """What SDXL is told about a `view` of a picture of `size` (width, height), [6] float32.
+
+    Original height and width, top and left of the square, target height and width. As in diffusers' scripts the square
+    is counted in pixels of the picture after it has been resized and mirrored.
+    """
+    width, height = size
+    shares = (offset, 1 - offset if flip else offset)
+    resized = (resolution * side // min(size) for side in (height, width))
+    corner = [round(share * (side - resolution)) for share, side in zip(shares, resized, strict=True)]
+    return torch.tensor([height, width, *corner, resolution, resolution], dtype=torch.float32)
+
+
 class PictureSequence(Dataset):
     """An endless sequence of views of some pictures; its n-th item is a pure function of (seed, stream, n).
 
@@ -198,6 +211,7 @@ class PictureSequence(Dataset):
     def __getitem__(self, n: int) -> dict[str, Any]:
         """Item n: `seed` of its noise, `prompt`, `loss_weight`; `pixels` [3, R, R] or `latent_mean`, `latent_std`.
 
+        `time_ids` [6] as `view_ids` gives them, which SDXL is told.
         `control` [3, R, R] where the picture has a control image, flipped and cropped as the picture is.
         """
         epoch, position = divmod(n, len(self.pictures))
@@ -209,6 +223,7 @@ class PictureSequence(Dataset):
         picture = self.pictures[index]
         prompt = "" if empty_draw < self.empty_prompts else picture.prompt
         item = {"seed": derive_seed(seed), "prompt": prompt, "loss_weight": self.loss_weight}
+        item["time_ids"] = view_ids(picture.size, self.resolution, offset, flip)
         if picture.is_pair:
             item["control"] = control_view(picture.open_control(), self.resolution, offset, flip)
         if self.latents is not None:

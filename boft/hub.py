@@ -22,11 +22,10 @@ for `{base_model}`, m = {m} butterfly factors, {geometry}, after {step} training
 ```python
 import torch
 {imports}from diffusers import DiffusionPipeline
-from huggingface_hub import snapshot_download
 import boft
 
 pipe = DiffusionPipeline.from_pretrained({base_model_text})
-boft.load_adapter(pipe, snapshot_download({repository_text}))
+boft.load_adapter(pipe, {repository_text})
 image = pipe({prompt_text}{control}, generator=torch.Generator().manual_seed(0)).images[0]
 ```
 

@@ -1,13 +1,15 @@
 """Adapters on a whole model: choose and wrap layers, select adapters and factors, merge, and restore the model.
 
-Every function takes any `nn.Module` (also one wrapped by `torch.compile` or data-parallel) and raises BOFTError, before
-anything is changed, when it cannot do what is asked.
+What adds takes one `nn.Module` (also one wrapped by `torch.compile` or data-parallel). All else takes a dict of modules
+or a diffusers pipeline as well, and its components then are parts of one model. What cannot be done raises BOFTError
+before anything is changed.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 
@@ -17,9 +19,12 @@ from torch import Tensor, nn
 from boft.adapter_config import ALL_LINEAR, BOFTConfig
 from boft.control import ControlHead, attach_head, detach_head, first_channels, heads_of
 from boft.errors import BOFTError
-from boft.layers import BOFTLayer, ButterflyAdapter, layer_width, wrap
+from boft.layers import BOFTLayer, ButterflyAdapter, layer_width, require_weights, wrap
+from boft.targets import Target, components_of, modules_of, unwrap
 
 Factors = Real | Collection[int] | Mapping[int, float]
+
+log = logging.getLogger(__name__)
 
 # Attribute by which a merged base layer, back in its old place, knows the BOFT layer that it came from.
 _MERGED = "_boft_layer"
@@ -33,7 +38,7 @@ def add_adapter(model: nn.Module, config: BOFTConfig, name: str = "default") -> 
     The model computes exactly what it did before. Adapters already there stay, inactive and frozen.
     Errors: no target found, a layer that does not fit or is neither Linear nor Conv2d, a name taken, a merged model.
     """
-    model = unwrap(model)
+    model = _one_module(model)
     targets = find_targets(model, config)
     adapters = {}
     for target, layer in targets.items():
@@ -50,11 +55,12 @@ def add_control_head(model: nn.Module, kind: str = "", *, downscale: int = 8, na
     downscale   the VAE's: pixels of a control image to a side of a latent, `pipe.vae_scale_factor`
     Errors: no such adapter, one that has a head, a model without a plain `conv_in`.
     """
-    model = unwrap(model)
+    model = _one_module(model)
     _require_adapter(model, name)
     if (heads := heads_of(model)) and name in heads.heads:
         raise BOFTError(f"the adapter '{name}' has a control head already")
     channels = first_channels(model)
+    require_weights("conv_in", model.conv_in)
     # Initialised on the CPU, so that a seed means the same head on every device.
     head = ControlHead(channels, downscale, kind).to(model.conv_in.weight.device)
     attach_head(model, head, name, active=active_adapters(model))
@@ -104,7 +110,7 @@ def train_only(model: nn.Module, adapters: Iterable[nn.Module]) -> None:
         adapter.requires_grad_(True)
 
 
-def require_free_name(model: nn.Module, name: str) -> None:
+def require_free_name(model: Target, name: str) -> None:
     """BOFTError unless a new adapter of this name can be added now."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
         raise BOFTError(f"{name!r} is no name for an adapter: use letters, digits, '-' and '_'")
@@ -113,24 +119,24 @@ def require_free_name(model: nn.Module, name: str) -> None:
         raise BOFTError(f"the model already has an adapter named '{name}': remove it or choose another name")
 
 
-def remove_adapter(model: nn.Module, name: str = "default") -> None:
-    """Remove one adapter. With the last one the original modules return and what add_adapter froze is thawed.
+def remove_adapter(model: Target, name: str = "default") -> None:
+    """Remove one adapter. With a module's last one its original layers return and what add_adapter froze is thawed.
 
     A layer whose active adapter goes falls back to the others in its active set, if any.
     """
-    model = unwrap(model)
     _require_adapter(model, name)
     require_unmerged(model, f"removing adapter '{name}'")
     detach(model, name)
-    if not boft_layers(model):
-        for parameter in model.parameters():
+    for module in modules_of(model):
+        for parameter in [] if boft_layers(module) else module.parameters():
             if parameter.__dict__.pop(_FROZEN, False):
                 parameter.requires_grad_(True)
 
 
-def detach(model: nn.Module, name: str) -> None:
+def detach(model: Target, name: str) -> None:
     """Take one adapter and its control head out, and the BOFT layers left without any adapter out of the model."""
-    detach_head(model, name)
+    for module in modules_of(model):
+        detach_head(module, name)
     for layer in boft_layers(model).values():
         layer.active = tuple(other for other in layer.active if other != name)
         if name in layer.adapters:
@@ -139,20 +145,24 @@ def detach(model: nn.Module, name: str) -> None:
     _replace(model, {layer: layer.base_layer for layer in boft_layers(model).values() if not layer.adapters})
 
 
-def adapter_names(model: nn.Module) -> list[str]:
+def adapter_names(model: Target) -> list[str]:
     """The names of the model's adapters, sorted."""
     return sorted({name for layer in boft_layers(model).values() for name in layer.adapters})
 
 
-def active_adapters(model: nn.Module) -> list[str]:
+def active_adapters(model: Target) -> list[str]:
     """The names of the adapters that apply, in their order: the first one nearest to the base weight."""
-    return list(next((layer.active for layer in boft_layers(model).values()), ()))
+    selected = dict.fromkeys(name for layer in boft_layers(model).values() for name in layer.active)
+    # Of the selection for a whole pipeline, a module knows those that it has.
+    there = adapter_names(model)
+    return [name for name in selected if name in there]
 
 
-def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
-    """Select the adapters that apply: one, several (the first one nearest to the base weight), or none at all ([]).
+def set_adapter(model: Target, names: str | Sequence[str]) -> None:
+    """Select the adapters that apply: one, several, or none at all ([]).
 
-    Which parameters are trainable does not change.
+    Several are a product of rotations, the first one nearest to the base weight: ["a", "b"] is W·R_aᵀ·R_bᵀ. Which
+    parameters are trainable does not change.
     """
     names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
     for name in names:
@@ -161,35 +171,37 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     for layer in boft_layers(model).values():
         layer.active = names
         layer.drop_cache()
-    if heads := heads_of(unwrap(model)):
-        heads.active = names
+    for module in modules_of(model):
+        if heads := heads_of(module):
+            heads.active = names
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
+def disabled(model: Target) -> Iterator[None]:
     """A context in which no adapter applies: the base model, bit for bit."""
-    before = active_adapters(model)
+    before = [(module, active_adapters(module)) for module in modules_of(model)]
     set_adapter(model, [])
     try:
         yield
     finally:
-        set_adapter(model, before)
+        for module, names in before:
+            set_adapter(module, names)
 
 
-def trainable_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
+def trainable_parameters(model: Target, name: str | None = None) -> list[nn.Parameter]:
     """The parameters of the named adapter (default: the active ones) that require a gradient, a control head's last."""
     modules = [*selected_adapters(model, name), *selected_heads(model, name)]
     return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 
-def selected_heads(model: nn.Module, name: str | None = None) -> list[ControlHead]:
+def selected_heads(model: Target, name: str | None = None) -> list[ControlHead]:
     """The control head of the named adapter (default: of the active ones), where there is one."""
-    heads = heads_of(unwrap(model))
     names = active_adapters(model) if name is None else [name]
-    return [heads.heads[wanted] for wanted in names if heads and wanted in heads.heads]
+    having = [heads for module in modules_of(model) if (heads := heads_of(module))]
+    return [heads.heads[wanted] for heads in having for wanted in names if wanted in heads.heads]
 
 
-def set_factors(model: nn.Module, factors: Factors, *, name: str | None = None, scale_and_bias: str = "follow") -> None:
+def set_factors(model: Target, factors: Factors, *, name: str | None = None, scale_and_bias: str = "follow") -> None:
     """Choose how much of an adapter's m butterfly factors is applied (Figure 10), with no retraining.
 
     factors     a whole number k = m … 0: the k narrowest factors, the widest going to the identity first;
@@ -202,22 +214,38 @@ def set_factors(model: nn.Module, factors: Factors, *, name: str | None = None, 
     """
     if scale_and_bias not in ("follow", "keep"):
         raise BOFTError(f"scale_and_bias must be 'follow' or 'keep', not {scale_and_bias!r}")
+    _set_strengths(model, name, lambda m: factor_strengths(factors, m), follow=scale_and_bias == "follow")
+
+
+def set_strength(model: Target, strength: float, *, name: str | None = None) -> None:
+    """Apply this much, 0 … 1, of the named adapter (default: of each active one), with no retraining.
+
+    The skew parameters of all its factors are multiplied by it, so that every point between is orthogonal; scale and
+    bias go along, and at 0 outputs are the base model's bit for bit. 1 is the adapter as it was trained.
+    """
+    if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 <= strength <= 1:
+        raise BOFTError(f"the strength must be a number from 0 to 1, not {strength!r}")
+    _set_strengths(model, name, lambda m: (float(strength),) * m, follow=True)
+
+
+def _set_strengths(model: Target, name: str | None, choose: Callable[[int], tuple[float, ...]], follow: bool) -> None:
+    """Give every selected adapter, of m factors, the strengths choose(m)."""
     require_unmerged(model, "choosing factors")
     adapters = selected_adapters(model, name)
-    strengths = [factor_strengths(factors, adapter.m) for adapter in adapters]
+    strengths = [choose(adapter.m) for adapter in adapters]
     for adapter, chosen in zip(adapters, strengths, strict=True):
-        adapter.strengths, adapter.follow = chosen, scale_and_bias == "follow"
+        adapter.strengths, adapter.follow = chosen, follow
     for layer in boft_layers(model).values():
         layer.drop_cache()
 
 
-def get_factors(model: nn.Module, name: str | None = None) -> tuple[float, ...]:
+def get_factors(model: Target, name: str | None = None) -> tuple[float, ...]:
     """The strength of each factor, narrowest first, of the named (default: the first active) adapter."""
     return selected_adapters(model, name)[0].strengths
 
 
 @contextmanager
-def factors_restored(model: nn.Module) -> Iterator[None]:
+def factors_restored(model: Target) -> Iterator[None]:
     """A context in which factors may be chosen freely; afterwards those of every active adapter are as they were."""
     before = [(adapter, adapter.strengths, adapter.follow) for adapter in selected_adapters(model)]
     try:
@@ -246,29 +274,37 @@ def factor_strengths(factors: Factors, m: int) -> tuple[float, ...]:
     return tuple(float(chosen.get(level, 0)) for level in range(m))
 
 
-def merge(model: nn.Module) -> None:
+def merge(model: Target) -> None:
     """Put the active adapters into the base weights and the plain base layers back in their places.
 
     The model then has the base model's modules and speed. The base weights are kept for `unmerge`. Merging again does
-    nothing.
+    nothing. The log notes an output bias in layers that have none themselves: of a model saved with one,
+    `from_pretrained` leaves it out.
     """
     _require_any(model)
-    attached = {layer for layer in boft_layers(model).values() if not layer.merged}
+    attached = {layer: name for name, layer in boft_layers(model).items() if not layer.merged}
+    for layer, name in attached.items():
+        require_weights(name, layer.base_layer)
+    without = {name for layer, name in attached.items() if layer.bias is None}
     for layer in attached:
         layer.merge()
         # Past nn.Module.__setattr__, which would make the BOFT layer a submodule of its own base layer.
         layer.base_layer.__dict__[_MERGED] = layer
-    _replace(unwrap(model), {layer: layer.base_layer for layer in attached})
+    _replace(model, {layer: layer.base_layer for layer in attached})
+    if new := sorted(without & {name for layer, name in attached.items() if layer.bias is not None}):
+        log.warning("Merged an output bias into %d layers whose kind has none, such as %s.", len(new), new[0])
 
 
-def unmerge(model: nn.Module) -> None:
+def unmerge(model: Target) -> None:
     """Undo `merge`: the BOFT layers return, over the base weights bit for bit. On an unmerged model it does nothing."""
     _require_any(model)
-    merged = {layer for layer in boft_layers(model).values() if layer.merged}
+    merged = {layer: name for name, layer in boft_layers(model).items() if layer.merged}
+    for layer, name in merged.items():
+        require_weights(name, layer.base_layer)
     for layer in merged:
         del layer.base_layer.__dict__[_MERGED]
         layer.unmerge()
-    _replace(unwrap(model), {layer.base_layer: layer for layer in merged})
+    _replace(model, {layer.base_layer: layer for layer in merged})
 
 
 def butterfly_matrix(module: nn.Module, name: str | None = None) -> Tensor:
@@ -290,28 +326,19 @@ def butterfly_matrix(module: nn.Module, name: str | None = None) -> Tensor:
     return matrix
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, out of `torch.compile` and data-parallel wrappers."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._orig_mod
-        else:
-            return model
-
-
-def boft_layers(model: nn.Module) -> dict[str, BOFTLayer]:
-    """The model's BOFT layers by dotted name, merged ones included."""
+def boft_layers(model: Target) -> dict[str, BOFTLayer]:
+    """The model's BOFT layers by dotted name (of several modules: component and name), merged ones included."""
     found = {}
-    for name, module in outer_modules(unwrap(model)).items():
-        layer = module if isinstance(module, BOFTLayer) else module.__dict__.get(_MERGED)
-        if layer is not None:
-            found[name] = layer
+    for component, part in components_of(model).items():
+        prefix = "" if isinstance(model, nn.Module) else f"{component}."
+        for name, module in outer_modules(part).items():
+            layer = module if isinstance(module, BOFTLayer) else module.__dict__.get(_MERGED)
+            if layer is not None:
+                found[prefix + name] = layer
     return found
 
 
-def selected_adapters(model: nn.Module, name: str | None = None) -> list[ButterflyAdapter]:
+def selected_adapters(model: Target, name: str | None = None) -> list[ButterflyAdapter]:
     """Every layer's adapter of that name (default: the active ones); BOFTError where there is none."""
     _require_any(model)
     if name is not None:
@@ -340,9 +367,9 @@ def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
     return outer
 
 
-def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+def _replace(model: Target, new: Mapping[nn.Module, nn.Module]) -> None:
     """Put new[module] in every place where the model holds module; a shared layer has several."""
-    for parent in list(model.modules()):
+    for parent in [parent for module in modules_of(model) for parent in module.modules()]:
         if isinstance(parent, BOFTLayer):
             continue
         for child_name, child in list(parent._modules.items()):  # named_children names a shared child once
@@ -376,17 +403,24 @@ def _no_target(model: nn.Module, wanted: str | Sequence[str], modules: Mapping[s
     )
 
 
-def _require_any(model: nn.Module) -> None:
+def _one_module(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise BOFTError(f"an adapter is added to one module, such as pipe.unet, not to a {type(model).__name__}")
+    return unwrap(model)
+
+
+def _require_any(model: Target) -> None:
     if not boft_layers(model):
-        raise BOFTError(f"{type(unwrap(model)).__name__} has no BOFT adapter")
+        kind = type(unwrap(model) if isinstance(model, nn.Module) else model).__name__
+        raise BOFTError(f"{kind} has no BOFT adapter")
 
 
-def _require_adapter(model: nn.Module, name: str) -> None:
+def _require_adapter(model: Target, name: str) -> None:
     names = adapter_names(model)
     if name not in names:
         raise BOFTError(f"the model has no adapter '{name}'; it has: {', '.join(names) or 'none'}")
 
 
-def require_unmerged(model: nn.Module, doing: str) -> None:
+def require_unmerged(model: Target, doing: str) -> None:
     if any(layer.merged for layer in boft_layers(model).values()):
         raise BOFTError(f"the model is merged: call boft.unmerge before {doing}")

@@ -150,6 +150,10 @@ class ButterflyAdapter(nn.Module):
         return f"m={self.m}, r={self.r}, b={self.b}, scale={self.scale is not None}, bias={self.bias is not None}"
 
 
+# Attributes of a layer that accelerate's and diffusers' hooks are kept in, which run when the layer itself is called.
+_HOOKS = {"_hf_hook", "_diffusers_hook"}
+
+
 class BOFTLayer(nn.Module):
     """A base layer with named adapters; those in `active` apply, the first one nearest to the base weight.
 
@@ -219,6 +223,8 @@ class BOFTLayer(nn.Module):
         """The adapted layer's output for x, which has the base layer's input shape."""
         if self.merged or not (adapters := self.effective_adapters()):
             return self.base_layer(x)
+        if parts := [part for part in (self.base_layer, *self.active_adapters()) if _HOOKS & part.__dict__.keys()]:
+            return self._run_hooked(x, parts)
         if self._constant():
             return self._run(x, *self._cached_parameters())
         self._cache = None
@@ -226,6 +232,24 @@ class BOFTLayer(nn.Module):
         if self.training and self._rotates_input(x, adapters):
             return self._run_rotated(x, adapters)
         return self._run(x, *self.adapted_parameters(dropout=self.training))
+
+    def _run_hooked(self, x: Tensor, parts: list[nn.Module]) -> Tensor:
+        """As forward, with accelerate's hooks called, which keep weights elsewhere while they are not used.
+
+        W' is not kept: it would take the room that the hooks are there to save. Raises BOFTError for diffusers' own.
+        """
+        if any("_diffusers_hook" in part.__dict__ for part in parts):
+            raise BOFTError(
+                "group offloading at leaf level and layerwise casting act on layers that an adapter replaces: merge it "
+                "before, or use enable_model_cpu_offload, enable_sequential_cpu_offload or block_level groups"
+            )
+        for part in parts:
+            (x,), _ = part._hf_hook.pre_forward(part, x)
+        try:
+            return self._run(x, *self.adapted_parameters(dropout=self.training))
+        finally:
+            for part in parts:
+                part._hf_hook.post_forward(part, None)
 
     def merge(self) -> None:
         """Put W' into the base layer; the base parameters themselves are kept aside."""
@@ -413,8 +437,18 @@ def layer_width(name: str, layer: nn.Module) -> tuple[int, int]:
         raise BOFTError(
             f"layer '{name}' ({kind}) has a quantised weight ({layer.weight.dtype}), which cannot be rotated"
         )
+    require_weights(name, layer)
     n = layer.weight.shape[0]
     return layer.weight.numel() // n, n
+
+
+def require_weights(name: str, layer: nn.Module) -> None:
+    """BOFTError where accelerate's hooks hold the weights of a layer, which is empty between its calls."""
+    if hasattr(layer, "_hf_hook") and layer.weight.is_meta:
+        raise BOFTError(
+            f"the weights of layer '{name}' are offloaded, so no adapter can be added, loaded, merged or unmerged: "
+            "do that before enable_sequential_cpu_offload, or after remove_all_hooks"
+        )
 
 
 def wrap(layer: nn.Linear | nn.Conv2d) -> BOFTLayer:

@@ -42,7 +42,7 @@ def load_pipeline(
 
     Args:
         base_model: a diffusers folder, one `.safetensors` file in the original Stable Diffusion layout, or a Hub id.
-        adapter: an adapter folder as `boft.save_adapter` writes it.
+        adapter: an adapter as `boft.load_adapter` takes it: a folder, a file or a Hub id.
         device: where the pipeline goes; by default CUDA, else Apple's MPS, else the CPU.
         dtype: one dtype for every component, whatever the files hold; by default float16 on CUDA and float32 elsewhere.
             (Left to themselves, the libraries load float16 files as a float32 UNet beside a float16 text encoder.)

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +68,7 @@ def before_after(run: Run, subject: Sequence[CaptionedPicture]) -> Image.Image:
     prompts = (run.config.validation_prompts or tuple(sorted({picture.prompt for picture in subject})))[:MOST_COLUMNS]
     count = min(run.config.num_validation_images, MOST_COLUMNS // len(prompts))
     after = draw_prompts(run, prompts, count)
-    with ExitStack() as stack:
-        for module in run.modules.values():
-            stack.enter_context(boft.disabled(module))
+    with boft.disabled(run.modules):
         before = draw_prompts(run, prompts, count)
     rows = [("The subject", [picture.open() for picture in subject[:MOST_COLUMNS]], [])]
     for heading, drawn in (("Base model", before), (f"Finetuned, {run.step} steps", after)):

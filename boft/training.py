@@ -23,7 +23,7 @@ from boft.config import TrainingConfig
 from boft.control import following
 from boft.data import Sequences, collate, sample_numbers
 from boft.errors import BOFTError
-from boft.latents import Conditioning, encode_pictures
+from boft.latents import Conditioning, encode_pictures, text_encoders
 from boft.loss import denoising_losses, draw_noise, draw_timesteps, min_snr_weights, prediction_target
 from boft.program import stop_signals
 from boft.seeding import Stream, derive_seed
@@ -45,7 +45,7 @@ class DenoisingObjective(nn.Module):
         self,
         modules: Mapping[str, nn.Module],
         noise_scheduler: SchedulerMixin,
-        encode: Callable[[Sequence[str]], Conditioning],
+        encode: Callable[[Sequence[str], torch.Tensor], Conditioning],
         config: TrainingConfig,
     ):
         super().__init__()
@@ -53,7 +53,7 @@ class DenoisingObjective(nn.Module):
         self.noise_scheduler, self.encode, self.config = noise_scheduler, encode, config
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Batch: latent_mean and latent_std, seed and prompt (lists of B), loss_weight; control for a control head."""
+        """Batch: latent_mean and latent_std, seed and prompt (lists of B), time_ids, loss_weight; perhaps control."""
         mean = batch["latent_mean"]  # [B, C, h, w]
         std = batch["latent_std"]  # [B, C, h, w]
         control = batch.get("control")  # [B, 3, H, W]
@@ -65,7 +65,7 @@ class DenoisingObjective(nn.Module):
         timesteps = draw_timesteps(generators, schedule.config.num_train_timesteps, mean.device)  # [B]
         noised = schedule.add_noise(latents, noise, timesteps)  # [B, C, h, w]
 
-        conditioning = self.encode(batch["prompt"])
+        conditioning = self.encode(batch["prompt"], batch["time_ids"])
         embeddings = conditioning["encoder_hidden_states"]  # [B, L, D]
         with following(unet, control):
             prediction = unet(noised.to(embeddings.dtype), timesteps, **conditioning).sample  # [B, C, h, w]
@@ -90,7 +90,7 @@ class Run:
     optimizer: Optimizer
     lr_scheduler: LRScheduler
     step: int = 0
-    caches_prompts: bool = True  # so that the text encoder is idle
+    caches_prompts: bool = True  # so that the text encoders are idle
 
     @property
     def output_dir(self) -> Path:
@@ -142,16 +142,17 @@ class Run:
         return send_to_device(batch, self.accelerator.device)
 
     def park_encoders(self) -> None:
-        """Move the VAE and the text encoder off the device where caches have made them idle."""
+        """Move the VAE and the text encoders off the device where caches have made them idle."""
         if all(sequence.latents is not None for sequence in self.data.sequences):
             self.pipe.vae.to("cpu")
         if self.caches_prompts:
-            self.pipe.text_encoder.to("cpu")
+            for encoder in text_encoders(self.pipe).values():
+                encoder.to("cpu")
 
     @contextmanager
     def sampling(self) -> Iterator[DiffusionPipeline]:
         """The pipeline, whole on the device and in the run's precision, to draw pictures with."""
-        for module in (self.pipe.vae, self.pipe.text_encoder):
+        for module in (self.pipe.vae, *text_encoders(self.pipe).values()):
             module.to(self.accelerator.device)
         with torch.no_grad(), self.accelerator.autocast():
             yield self.pipe

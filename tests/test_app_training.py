@@ -124,7 +124,8 @@ def test_the_command_is_what_the_script_takes_and_every_word_stays_one_argument(
 
 def test_the_presets_are_those_of_the_configs():
     assert [preset.name for preset in jobs.presets()][0] == "pocket"
-    assert {preset.name: preset.resolution for preset in jobs.presets()} == {"pocket": 128, "sd15": 512, "sd21": 512}
+    sizes = {"pocket": 128, "sd15": 512, "sd21": 512, "sdxl": 1024}
+    assert {preset.name: preset.resolution for preset in jobs.presets()} == sizes
 
 
 @pytest.mark.parametrize(

@@ -291,7 +291,7 @@ def test_many_prompts_are_encoded_as_they_come(make_config, monkeypatch):
         run = assembly.prepare(pipe, modules, [sequence], config, accelerator)
         assert run.caches_prompts == (most == 100)
         with torch.no_grad():
-            batches.append(run.objective.encode(["a 1", "a 3"])["encoder_hidden_states"])
+            batches.append(run.objective.encode(["a 1", "a 3"], torch.zeros(2, 6))["encoder_hidden_states"])
     assert torch.allclose(*batches, atol=1e-5)
 
 

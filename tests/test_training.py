@@ -201,6 +201,7 @@ def test_the_shape_comments_of_the_step_are_true(make_config):
     # Sizes that all differ: 5 pictures, 4 channels, 10×14 latents of 3×20×28 control images, 12 tokens of width 16.
     batch = {"latent_mean": torch.zeros(5, 4, 10, 14), "latent_std": torch.ones(5, 4, 10, 14)}
     batch |= {"seed": [1, 2, 3, 4, 5], "prompt": ["a", "b", "a", "a", "b"], "loss_weight": torch.ones(5)}
+    batch["time_ids"] = torch.zeros(5, 6)
     batch["control"] = torch.zeros(5, 3, 20, 28)
     seen = locals_at_return(DenoisingObjective.forward, lambda: objective(batch))
     tensors = {name: value for name, value in seen.items() if isinstance(value, torch.Tensor)}
@@ -220,6 +221,7 @@ def test_the_step_is_the_loss_of_its_definition(make_config):
     objective = DenoisingObjective({"unet": pipe.unet}, schedule, cache_prompts(pipe, ["a", "b"]), make_config())
     mean, std = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(5)).unbind()
     batch = {"latent_mean": mean, "latent_std": std.abs(), "seed": [7, 8], "prompt": ["a", "b"]}
+    batch["time_ids"] = torch.zeros(2, 6)
     batch["loss_weight"] = torch.tensor([0.25, 2.0])
     expected = 0.0
     for row, prompt in enumerate(["a", "b"]):
@@ -271,7 +273,8 @@ def test_cached_latents_and_prompts_are_what_the_encoders_give(make_config):
         torch.testing.assert_close(cached["latent_mean"], (posterior.mean[0] - 0.25) * 0.5)
         torch.testing.assert_close(cached["latent_std"], posterior.std[0] * 0.5)
     look_up = cache_prompts(pipe, ["a", "b"])
-    torch.testing.assert_close(look_up(["b", "a"]), encode_prompts(pipe, ["b", "a"]))
+    ids = torch.zeros(2, 6)
+    torch.testing.assert_close(look_up(["b", "a"], ids), encode_prompts(pipe, ["b", "a"], ids))
 
 
 def test_randomly_cropped_pictures_are_encoded_at_each_step(make_config, tmp_path):

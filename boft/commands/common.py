@@ -27,7 +27,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="diffusers folder, .safetensors file or Hub id; left out: the one that the adapter was trained on, "
         f"or without an adapter {POCKET_MODEL}",
     )
-    parser.add_argument("--adapter", metavar="DIR", help="adapter folder; left out: the base model alone")
+    parser.add_argument("--adapter", metavar="DIR", help="adapter folder or Hub id; left out: the base model alone")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; left out: the fastest there is")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; left out: float16 on CUDA, float32 elsewhere")
     parser.add_argument("--revision", help="revision of a base model on the Hub")
@@ -126,23 +126,19 @@ def choose_base_model(given: str | None, adapter: str | None, command: str) -> s
         raise BOFTError(f"give the base model, BASE: there is no {POCKET_MODEL} in this folder to take instead")
 
     from boft.adapter import read_adapter_config
+    from boft.download import may_be_on_the_hub
 
     recorded = read_adapter_config(adapter)["base_model"]
     if not recorded:
         raise BOFTError(
             f"the adapter {adapter} does not record its base model; name it: python -m boft {command} BASE …"
         )
-    if not Path(recorded).exists() and not _may_be_on_the_hub(recorded):
+    if not Path(recorded).exists() and not may_be_on_the_hub(recorded):
         raise BOFTError(
             f"the adapter {adapter} was trained on the base model {recorded}, which is not to be found from here; "
             f"say where it is: python -m boft {command} BASE …"
         )
     return recorded
-
-
-def _may_be_on_the_hub(name: str) -> bool:
-    """Whether a recorded name that is no local path can be `owner/model`; a path whose folder is here cannot."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not Path(name).parent.is_dir()
 
 
 def prepare_folder(folder: Path, output: Path) -> None:

@@ -93,15 +93,11 @@ def is_png(path: Path) -> bool:
 
 def _apply_adapter_options(pipe: "DiffusionPipeline", arguments: argparse.Namespace) -> None:
     import boft
-    from boft.adapter import components_of
 
-    for module in components_of(pipe).values():
-        if not boft.adapter_names(module):
-            continue
-        if arguments.factors is not None:
-            boft.set_factors(module, arguments.factors)
-        if arguments.merge:
-            boft.merge(module)
+    if arguments.factors is not None:
+        boft.set_factors(pipe, arguments.factors)
+    if arguments.merge:
+        boft.merge(pipe)
 
 
 def _save(
