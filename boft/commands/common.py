@@ -125,9 +125,9 @@ def choose_base_model(given: str | None, adapter: str | None, command: str) -> s
             return str(POCKET_MODEL)
         raise BOFTError(f"give the base model, BASE: there is no {POCKET_MODEL} in this folder to take instead")
 
-    from boft.adapter import read_adapter_config
+    from boft.formats import recorded_base_model
 
-    recorded = read_adapter_config(adapter)["base_model"]
+    recorded = recorded_base_model(adapter)
     if not recorded:
         raise BOFTError(
             f"the adapter {adapter} does not record its base model; name it: python -m boft {command} BASE …"
