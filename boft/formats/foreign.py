@@ -234,7 +234,7 @@ def grouped(path: Path, keys: Iterable[str], pattern: re.Pattern) -> dict[str, d
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in read_floats(path, keys).items():
         if not (match := pattern.fullmatch(key)):
-            raise BOFTError(f"'{path}' has a tensor '{key}', which is none of a BOFT adapter")
+            raise BOFTError(f"'{path}' has a tensor '{key}', which such a BOFT adapter does not have")
         *layer, part = match.groups()
         layers.setdefault(" ".join(layer), {})[part] = tensor
     for layer, parts in layers.items():

@@ -24,6 +24,7 @@ COMPONENT_OF_PREFIX = {
     "lora_te1": TEXT_ENCODER,
     "lora_te2": TEXT_ENCODER_2,
 }
+PREFIX = re.compile(r"(lora_unet|lora_te[12]?)_")
 # transformers 5.6 dropped this from the names of CLIPTextModel; every other program still writes it.
 TEXT_MODEL = "text_model."
 

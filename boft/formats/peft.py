@@ -53,6 +53,24 @@ def _settings(directory: Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) and "peft_type" in settings else {}
 
 
+def places(source: Path) -> dict[str, Path]:
+    """The weights files of a directory, of several, or of the file alone, by the component that each adapts.
+
+    BOFTError where they are missing, or adapt by another method than BOFT.
+    """
+    found = {}
+    for component, place in (directories(source) or {None: source}).items():
+        path = place / WEIGHTS_NAME if place.is_dir() else place
+        settings = _settings(path.parent)
+        if settings and settings.get("peft_type") != "BOFT":
+            raise BOFTError(f"'{place}' is a PEFT adapter of type {settings.get('peft_type')}, not BOFT")
+        if not path.is_file():
+            raise BOFTError(f"'{place}' has no {WEIGHTS_NAME} (pickled weights are not opened)")
+        keys, metadata = file_header(path)
+        found[component or _component(keys, settings, origin_of(metadata))] = path
+    return found
+
+
 def read(source: Path) -> Foreign:
     """The layers of a directory, of several by component, or of the weights file alone.
 
@@ -60,39 +78,26 @@ def read(source: Path) -> Foreign:
     """
     layers: dict[str, dict[str, ForeignLayer]] = {}
     origin: dict[str, Any] = {}
-    for component, place in (directories(source) or {None: source}).items():
-        path = place / WEIGHTS_NAME if place.is_dir() else place
+    for component, path in places(source).items():
         settings = _settings(path.parent)
-        _check_settings(settings, place)
-        if not path.is_file():
-            raise BOFTError(f"'{place}' has no {WEIGHTS_NAME} (pickled weights are not opened)")
+        for key in ("fan_in_fan_out", "modules_to_save"):
+            if settings.get(key):
+                raise BOFTError(f"the PEFT config of '{path}' has {key}={settings[key]!r}, which BOFT has no place for")
         keys, metadata = file_header(path)
         read = grouped(path, keys, _KEY)
+        layers[component] = {name: _layer(parts, f"'{path}': layer '{name}'") for name, parts in read.items()}
+        _trust_the_tensors(layers[component], settings, path.parent)
         recorded = {"base_model": settings.get("base_model_name_or_path") or None} | origin_of(metadata)
-        found = component or _component(read, settings, recorded)
-        layers[found] = {name: _layer(parts, f"'{path}': layer '{name}'") for name, parts in read.items()}
-        _trust_the_tensors(layers[found], settings, place)
-        config = {found: _implied_config(layers[found], settings)} | recorded.get("config", {})
+        config = {component: _implied_config(layers[component], settings)} | recorded.get("config", {})
         origin = recorded | {"config": origin.get("config", {}) | config}
     return Foreign(source, layers, origin)
-
-
-def _check_settings(settings: Mapping[str, Any], directory: Path) -> None:
-    if settings and settings.get("peft_type") != "BOFT":
-        raise BOFTError(f"'{directory}' is a PEFT adapter of type {settings.get('peft_type')}, not BOFT")
-    for key in ("fan_in_fan_out", "modules_to_save"):
-        if settings.get(key):
-            raise BOFTError(
-                f"'{directory}' has {key}={settings[key]!r} in its PEFT config, which BOFT has no place for"
-            )
 
 
 def _layer(parts: Mapping[str, Tensor], what: str) -> ForeignLayer:
     scale = parts.get("boft_s")
     # PEFT's own shapes: [out, 1] of a Linear, [1, out] of a Conv2d.
-    kind = (
-        None if scale is None else "conv2d" if scale.dim() == 2 and scale.shape[0] == 1 != scale.shape[1] else "linear"
-    )
+    is_row = scale is not None and scale.dim() == 2 and scale.shape[0] == 1 < scale.shape[1]
+    kind = "conv2d" if is_row else "linear"
     return foreign_layer(parts["boft_R"], scale, what, base_bias=parts.get("base_layer.bias"), kind=kind)
 
 
@@ -108,12 +113,12 @@ def _trust_the_tensors(layers: Mapping[str, ForeignLayer], settings: Mapping[str
             return
 
 
-def _component(layers: Iterable[str], settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:
+def _component(keys: Iterable[str], settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:
     """Which part of a pipeline a lone PEFT directory adapts."""
     if len(components := list(recorded.get("config", {}))) == 1:
         return components[0]
     owner = (settings.get("auto_mapping") or {}).get("base_model_class", "")
-    text = " ".join(layers)
+    text = " ".join(keys)
     if owner.startswith("UNet") or re.search(r"\b(down_blocks|mid_block|up_blocks)\.", text):
         return names.UNET
     return names.TEXT_ENCODER if owner.startswith("CLIPText") or "self_attn" in text else "model"
