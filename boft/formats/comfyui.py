@@ -51,6 +51,6 @@ def _known(component: str, name: str) -> str:
     name = names.with_text_model(name)
     if not _TEXT_LAYER.fullmatch(name):
         raise BOFTError(
-            f"ComfyUI has no key for layer '{component}.{name}'; --format merged would fit, and --format peft"
+            f"ComfyUI has no key for a layer such as '{component}.{name}'; --format merged and peft would fit"
         )
     return name

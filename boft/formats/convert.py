@@ -71,7 +71,7 @@ def convert(
     _require_one_geometry(source, config)
     if format == PEFT:
         return peft.write(destination, config, tensors, components, **how)
-    config["base_model"] = config["base_model"] or base_model
+    config["base_model"] = base_model or config["base_model"]
     return [write_adapter(destination, config, tensors, dtype=dtype)]
 
 

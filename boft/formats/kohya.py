@@ -63,16 +63,9 @@ def write(
     BOFTError for a control head, an output bias, or a layer that sd-scripts does not adapt.
     """
     refuse_parts(config, tensors, "kohya's format")
-    sdxl = names.is_sdxl(components)
-    layouts = {names.UNET: names.UNetLayout.of(components[names.UNET])} if sdxl and names.UNET in components else {}
     written: dict[str, Tensor] = {}
     for key, entry in config["layers"].items():
-        component, name = key.split(".", 1)
-        _require_reach(component, name)
-        spelled = names.original_module(name, layouts[component]) if component in layouts else name
-        if component != names.UNET:
-            spelled = names.with_text_model(name)
-        layer = f"{names.prefix_of(component, sdxl)}_{names.underscored(spelled)}"
+        layer = layer_key(*key.split(".", 1), components)
         squares, scale = paper_parts(key, entry, tensors)
         written |= {f"{layer}.boft_R": squares, f"{layer}.boft_s": scale[:, None]}
     geometry = next(iter(config["layers"].values()))
@@ -81,10 +74,23 @@ def write(
         "ss_network_module": "networks.boft",
         "ss_network_args": json.dumps(arguments),
         "ss_output_name": title,
-        "ss_sd_model_name": config["base_model"] or "",
-        "ss_steps": str(config["step"] or 0),
     }
+    if config["base_model"]:
+        metadata["ss_sd_model_name"] = config["base_model"]
+    if config["step"] is not None:
+        metadata["ss_steps"] = str(config["step"])
     return save_tensors(path, written, config, dtype=dtype, title=title, more=metadata)
+
+
+def layer_key(component: str, name: str, components: Mapping[str, nn.Module]) -> str:
+    """What sd-scripts calls a layer: by its original name in the UNet of SDXL, by diffusers' elsewhere."""
+    _require_reach(component, name)
+    sdxl = names.is_sdxl(components)
+    if component != names.UNET:
+        name = names.with_text_model(name)
+    elif sdxl:
+        name = names.original_module(name, names.UNetLayout.of(components[component]))
+    return f"{names.prefix_of(component, sdxl)}_{names.underscored(name)}"
 
 
 def _require_reach(component: str, name: str) -> None:
