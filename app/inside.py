@@ -12,7 +12,7 @@ from torch import Tensor
 
 from app.service import Service
 from boft.adapter import components_of
-from boft.butterfly import cayley, rotate, skew_matrix
+from boft.butterfly import angles, cayley, rotate, skew_matrix
 from boft.errors import BOFTError
 from boft.inject import boft_layers
 
@@ -47,13 +47,8 @@ class LayerInside:
         return rotate(torch.eye(self.d), self.blocks, range(self.m))
 
     def distances(self) -> list[float]:
-        """How far each factor is from the identity: the root mean square angle of its rotation, in degrees.
-
-        An orthogonal B with eigenvalues e^{iθ} has ‖B − I‖² = Σ 2(1 − cos θ), which for small angles is Σ θ².
-        """
-        identity = torch.eye(self.blocks.shape[-1])
-        squares = (self.blocks - identity).square().sum((-1, -2)).mean(-1) / self.blocks.shape[-1]
-        return torch.rad2deg(2 * torch.asin((squares.sqrt() / 2).clamp(max=1))).tolist()
+        """How far each factor is from the identity, in degrees."""
+        return angles(self.blocks)
 
     def orthogonality_error(self) -> float:
         """The largest element of |B Bᵀ − I| over all blocks B, of which R is a product."""

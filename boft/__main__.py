@@ -6,11 +6,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from boft.commands import generate, interpolate
+from boft.commands import export, generate, import_adapter, inspect, interpolate, merge
 from boft.errors import BOFTError
 from boft.program import run_program
 
-COMMANDS = (generate, interpolate)
+COMMANDS = (generate, interpolate, export, import_adapter, merge, inspect)
 
 
 class Parser(argparse.ArgumentParser):

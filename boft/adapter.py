@@ -8,6 +8,7 @@ is enough. Everything is checked before a model is touched. Never pickle.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import uuid
@@ -73,12 +74,7 @@ def save_adapter(
     components = components_of(target)
     settings, layers, tensors = _adapter_parts(components, name)
     control = _head_parts(components, name, tensors)
-    tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
-    _require_finite(tensors, "the adapter cannot be saved")
     config = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "boft_version": boft.__version__,
         "base_model": base_model,
         "prompts": [prompts] if isinstance(prompts, str) else list(prompts),
         "step": step,
@@ -87,17 +83,35 @@ def save_adapter(
         "control": control,
         "extra": dict(extra or {}),
     }
+    return write_adapter(directory, config, tensors, dtype=dtype)
+
+
+def write_adapter(
+    directory: str | os.PathLike,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write the adapter that a config and tensors by key describe, without a model; returns the directory.
+
+    `config` has the entries that `read_adapter` gives. BOFTError where a tensor is not finite, an entry is not
+    JSON-able, or the directory cannot be written.
+    """
+    tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
+    _require_finite(tensors, "the adapter cannot be saved")
+    made_by = {"format": FORMAT, "format_version": FORMAT_VERSION, "boft_version": boft.__version__}
     try:
-        text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps({**made_by, **config, **made_by}, indent=2, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise BOFTError(f"base_model, prompts, step and extra must be JSON-able: {error}") from None
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with _written_whole(directory / WEIGHTS_NAME) as path:
+        with written_whole(directory / WEIGHTS_NAME) as path:
             # One entry only: safetensors writes several in a random order, and equal adapters shall be equal files.
             save_file(tensors, path, metadata={METADATA_KEY: text})
-        with _written_whole(directory / CONFIG_NAME) as path:
+        with written_whole(directory / CONFIG_NAME) as path:
             path.write_text(text + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise BOFTError(f"the adapter cannot be written to '{directory}': {error}") from None
@@ -116,19 +130,18 @@ def load_adapter(
     """Attach a saved adapter and make it the active one; returns its config as `read_adapter_config` does.
 
     source is an adapter directory, the .safetensors file alone, or a Hub id, of which `revision` may name a branch, tag
-    or commit. The file must fit exactly: a missing, extra, misshapen or non-finite tensor, a layer that the model lacks
-    or that has other dimensions is one BOFTError, before anything is changed. `replace` allows a name already there.
-    `trainable` asks for gradients of the adapter's parameters and freezes everything else, as `boft.add_adapter` does;
-    else the base is left as it is.
+    or commit; the formats of PEFT and kohya are known by themselves (`boft.formats`). The file must fit exactly: a
+    missing, extra, misshapen or non-finite tensor, a layer that the model lacks or that has other dimensions is one
+    BOFTError, before anything is changed. `replace` allows a name already there. `trainable` asks for gradients of the
+    adapter's parameters and freezes everything else, as `boft.add_adapter` does; else the base is left as it is.
     """
-    source = local_adapter(source, revision)
-    path, config = _open_adapter(source)
+    path, config, tensors = _open_for(local_adapter(source, revision), components_of(target))
     components = _matching_components(components_of(target), config, path)
     if not (replace and name in inject.adapter_names(target)):
         inject.require_free_name(target, name)
     inject.require_unmerged(target, f"loading adapter '{name}'")
     scale = getattr(target, "vae_scale_factor", None)
-    adapters, heads = _build_adapters(components, config, path, scale)
+    adapters, heads = _build_adapters(components, config, tensors, path, scale)
     if heads and isinstance(getattr(target, "unet", None), nn.Module) and not isinstance(target, nn.Module | Mapping):
         # What pipelines need, numpy and Pillow, is not loaded with a bare model.
         from boft.control_image import accept_control_images
@@ -156,6 +169,22 @@ def read_adapter_config(source: str | os.PathLike, *, revision: str | None = Non
     return _open_adapter(local_adapter(source, revision))[1]
 
 
+def read_adapter(source: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The checked config of an adapter, and its tensors by key, float32 on the CPU; no model is needed.
+
+    BOFTError for whatever `load_adapter` would refuse in the file itself.
+    """
+    path, config = _open_adapter(source)
+    shapes = {}
+    for key, entry in config["layers"].items():
+        settings = BOFTConfig.from_dict(config["config"][key.split(".", 1)[0]])
+        shapes |= _layer_shapes(key, ButterflyAdapter(settings, entry["in"], entry["out"], device="meta"))
+    for component, entry in config["control"].items():
+        head = _described_head(entry, path)
+        shapes |= {_head_key(component, part): tuple(p.shape) for part, p in head.named_parameters()}
+    return config, _read_tensors(path, shapes)
+
+
 def _adapter_parts(
     components: Mapping[str, nn.Module], name: str
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
@@ -170,9 +199,13 @@ def _adapter_parts(
             if name not in layer.adapters:
                 continue
             adapter, key = layer.adapters[name], f"{component}.{module_name}"
-            settings[component] = adapter.config.to_dict()
+            if settings.setdefault(component, adapter.config.to_dict()) != adapter.config.to_dict():
+                raise BOFTError(
+                    f"the adapter '{name}' has another geometry at layer '{key}' ({adapter.extra_repr()}) than before "
+                    "it, which one adapter file cannot hold; merge it instead"
+                )
             geometry = {"m": adapter.m, "r": adapter.r, "b": adapter.b, "in": adapter.d, "out": adapter.n}
-            layers[key] = {"kind": _kind(layer.base_layer), **geometry}
+            layers[key] = {"kind": kind_of(layer.base_layer), **geometry}
             for part, parameter in adapter.named_parameters():
                 tensors[f"{key}.boft_{part}"] = parameter
     if not layers:
@@ -196,7 +229,8 @@ def _head_key(component: str, part: str) -> str:
     return f"{component}.boft_control.{part}"
 
 
-def _kind(layer: nn.Module) -> str:
+def kind_of(layer: nn.Module) -> str:
+    """What an adapter's config calls a base layer of this class."""
     return "conv2d" if isinstance(layer, nn.Conv2d) else "linear"
 
 
@@ -207,7 +241,7 @@ def _require_finite(tensors: Mapping[str, Tensor], prefix: str) -> None:
 
 
 @contextmanager
-def _written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that replaces it once written and flushed to disk; on failure nothing remains."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -241,6 +275,18 @@ def _open_adapter(source: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
     if embedded is not None and any(embedded.get(key) != config[key] for key in ("config", "layers")):
         raise BOFTError(f"'{config_path}' describes another adapter than '{path}' itself does")
     return path, config
+
+
+def _open_for(
+    source: str | os.PathLike, components: Mapping[str, nn.Module]
+) -> tuple[Path, dict[str, Any], dict[str, Tensor] | None]:
+    """Path and config of an adapter of any format; with its tensors by our keys where the format is a foreign one."""
+    from boft import formats  # which itself reads and writes adapter files
+
+    if formats.recognise(source) is None:
+        return *_open_adapter(source), None
+    foreign = formats.read_foreign(source)
+    return foreign.path, *foreign.fitted(components)
 
 
 def _embedded_config(path: Path) -> dict[str, Any] | None:
@@ -339,9 +385,16 @@ def _matching_components(components: dict[str, nn.Module], config: dict[str, Any
 
 
 def _build_adapters(
-    components: Mapping[str, nn.Module], config: dict[str, Any], path: Path, vae_scale_factor: int | None
+    components: Mapping[str, nn.Module],
+    config: dict[str, Any],
+    tensors: dict[str, Tensor] | None,
+    path: Path,
+    vae_scale_factor: int | None,
 ) -> tuple[dict[str, dict[str, ButterflyAdapter]], dict[str, ControlHead]]:
-    """Adapters by component and module name, heads by component, filled from the file; the model is not changed."""
+    """Adapters by component and module name, heads by component, filled from tensors; the model is not changed.
+
+    Tensors that are None are read from the file. A layer of a foreign file may have a geometry of its own.
+    """
     modules = {component: inject.outer_modules(module) for component, module in components.items()}
     settings = {component: BOFTConfig.from_dict(values) for component, values in config["config"].items()}
     adapters: dict[str, dict[str, ButterflyAdapter]] = {component: {} for component in components}
@@ -351,18 +404,18 @@ def _build_adapters(
         if module_name not in modules[component]:
             owner = type(components[component]).__name__
             raise BOFTError(f"'{path}' adapts layer '{key}', which {owner} does not have")
-        _require_same_layer(inject.base_of(modules[component][module_name]), key, entry, path)
+        require_same_layer(inject.base_of(modules[component][module_name]), key, entry, path)
         # On no device until the tensors themselves have been checked.
-        adapter = ButterflyAdapter(settings[component], entry["in"], entry["out"], device="meta")
+        adapter = ButterflyAdapter(_layer_config(settings[component], entry), entry["in"], entry["out"], device="meta")
         adapters[component][module_name] = adapter.requires_grad_(False)
-        shapes.update({f"{key}.boft_{part}": tuple(p.shape) for part, p in adapter.named_parameters()})
+        shapes |= _layer_shapes(key, adapter)
     heads = {
         component: _empty_head(components[component], entry, path, vae_scale_factor)
         for component, entry in config["control"].items()
     }
     for component, head in heads.items():
         shapes.update({_head_key(component, part): tuple(p.shape) for part, p in head.named_parameters()})
-    tensors = _read_tensors(path, shapes)
+    tensors = _read_tensors(path, shapes) if tensors is None else tensors
     for component, head in heads.items():
         device = components[component].conv_in.weight.device
         parts = [part for part, _ in head.named_parameters()]
@@ -377,10 +430,29 @@ def _build_adapters(
     return adapters, heads
 
 
-def _empty_head(module: nn.Module, entry: Mapping[str, Any], path: Path, vae_scale_factor: int | None) -> ControlHead:
+def _layer_config(settings: BOFTConfig, entry: Mapping[str, Any]) -> BOFTConfig:
+    """The component's settings, with the layer's own geometry where that is another."""
+    if (settings.m, settings.block_size(entry["in"])) == (entry["m"], entry["b"]):
+        return settings
+    return dataclasses.replace(settings, m=entry["m"], b=entry["b"], r=None)
+
+
+def _layer_shapes(key: str, adapter: ButterflyAdapter) -> dict[str, tuple[int, ...]]:
+    return {f"{key}.boft_{part}": tuple(p.shape) for part, p in adapter.named_parameters()}
+
+
+def _described_head(entry: Mapping[str, Any], path: Path) -> ControlHead:
     """The head that the config describes, on no device until its tensors have been checked."""
     try:
-        head = ControlHead(entry["out_channels"], entry["downscale"], entry["kind"], device="meta")
+        return ControlHead(entry["out_channels"], entry["downscale"], entry["kind"], device="meta")
+    except BOFTError as error:
+        raise BOFTError(f"'{path}': {error}") from None
+
+
+def _empty_head(module: nn.Module, entry: Mapping[str, Any], path: Path, vae_scale_factor: int | None) -> ControlHead:
+    """The head that the config describes, which must fit the module."""
+    head = _described_head(entry, path)
+    try:
         check_head(module, head)
     except BOFTError as error:
         raise BOFTError(f"'{path}': {error}") from None
@@ -392,8 +464,9 @@ def _empty_head(module: nn.Module, entry: Mapping[str, Any], path: Path, vae_sca
     return head
 
 
-def _require_same_layer(base: nn.Module, key: str, entry: Mapping[str, Any], path: Path) -> None:
-    kind, (d, n) = _kind(base), layer_width(key, base)
+def require_same_layer(base: nn.Module, key: str, entry: Mapping[str, Any], path: Path) -> None:
+    """BOFTError unless the base layer is of the kind and dimensions that the adapter's config says."""
+    kind, (d, n) = kind_of(base), layer_width(key, base)
     if (kind, d, n) != (entry["kind"], entry["in"], entry["out"]):
         raise BOFTError(
             f"'{path}' was made for a {entry['kind']} layer '{key}' of {entry['in']} inputs and {entry['out']} "

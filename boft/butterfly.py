@@ -74,6 +74,16 @@ def cayley(skew: Tensor) -> Tensor:
         return torch.linalg.solve_ex(identity + skew, identity - skew, left=False, check_errors=False).result
 
 
+def angles(blocks: Tensor) -> list[float]:
+    """How far each factor of orthogonal blocks [m, r, b, b] is from the identity: the rms angle of it, in degrees.
+
+    An orthogonal B with eigenvalues e^{iθ} has ‖B − I‖² = Σ 2(1 − cos θ), which for small angles is Σ θ².
+    """
+    identity = torch.eye(blocks.shape[-1])
+    squares = (blocks - identity).square().sum((-1, -2)).mean(-1) / blocks.shape[-1]
+    return torch.rad2deg(2 * torch.asin((squares.sqrt() / 2).clamp(max=1))).tolist()
+
+
 def rotate(columns: Tensor, blocks: Tensor, levels: Sequence[int], inverse: bool = False) -> Tensor:
     """R X, or Rᵀ X if `inverse`, for X = columns [d, n], with R = B_{levels[-1]} ⋯ B_{levels[0]}.
 

@@ -218,11 +218,14 @@ def _resolve_device(device: str | torch.device | None) -> torch.device:
 def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if dtype is None:
         return torch.float16 if device.type == "cuda" else torch.float32
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise BOFTError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    return dtype if isinstance(dtype, torch.dtype) else dtype_named(dtype)
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of a name of `DTYPES`. Raises BOFTError for any other."""
+    if name not in DTYPES:
+        raise BOFTError(f"unknown dtype {name!r}; known are {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def _from_directory(path: Path, dtype: torch.dtype, variant: str | None) -> DiffusionPipeline:

@@ -125,10 +125,10 @@ def choose_base_model(given: str | None, adapter: str | None, command: str) -> s
             return str(POCKET_MODEL)
         raise BOFTError(f"give the base model, BASE: there is no {POCKET_MODEL} in this folder to take instead")
 
-    from boft.adapter import read_adapter_config
-    from boft.download import may_be_on_the_hub
+    from boft.download import local_adapter, may_be_on_the_hub
+    from boft.formats import recorded_base_model
 
-    recorded = read_adapter_config(adapter)["base_model"]
+    recorded = recorded_base_model(local_adapter(adapter))
     if not recorded:
         raise BOFTError(
             f"the adapter {adapter} does not record its base model; name it: python -m boft {command} BASE …"
