@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from PIL import Image
 from programs import finish, start
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -305,6 +306,17 @@ def test_what_comes_back_is_the_adapter_itself(models, tmp_path, adapter, format
     assert set(tensors) == set(expected) and all(torch.equal(tensors[key], expected[key]) for key in expected)
 
 
+def test_generate_draws_with_a_foreign_file_on_the_base_model_that_it_names(models, tmp_path):
+    command("export", models / "both", tmp_path / "x.safetensors", "--format", "kohya")
+    pictures = []
+    for number, adapter in enumerate((models / "both", tmp_path / "x.safetensors")):
+        path = tmp_path / f"{number}.png"
+        flags = ["--prompt", "a vase", "--steps", 2, "--device", "cpu", "--output", path]
+        command("generate", "--adapter", adapter, *flags)
+        pictures.append(Image.open(path).tobytes())
+    assert pictures[0] == pictures[1]
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), (None, 2e-3)])
 @pytest.mark.parametrize("adapter", ["both", "biased"])
 def test_a_weight_difference_leads_from_the_base_to_the_merged_weights(models, tmp_path, adapter, dtype, tolerance):
@@ -505,6 +517,12 @@ def test_lycoris_oft_applies_the_transpose_within_its_constraint(tmp_path):
         ("import nameless.safetensors x", "does not record its base model; name it: python -m boft import"),
         ("import lora x", "is a PEFT adapter of type LORA, not BOFT"),
         ("import broken x", "values that are not finite"),
+        ("import odd x", "boft_R has shape (3, 2) instead of [m, r, b, b]"),
+        ("import many x", "m=3 factors of r=2 blocks of size b=2 are no butterfly"),
+        ("import silent x", "does not tell its number of outputs: give --base_model"),
+        ("merge wide.safetensors x --base_model base", "oft_blocks of shape (1, 2, 4, 4) do not fit 16 outputs"),
+        ("merge rescaled.safetensors x --base_model base", "rescale of shape (3,) does not hold 16 numbers"),
+        ("import narrow.safetensors x --base_model base", "was made for a conv2d layer 'unet.conv_in' of 4 inputs"),
         ("inspect nowhere", "nowhere"),
         ("export both x.safetensors --format kohya --base_model lora", "the base model lora cannot be read"),
         ("export both x.safetensors --format kohya --base_model no/such/model", "no/such/model cannot be read"),
@@ -519,11 +537,22 @@ def test_a_mistake_or_an_inexact_form_is_one_sentence(arguments, sentence, model
     save_file(squares, "nameless.safetensors")
     save_file({"lora_unet_conv_in.diff": torch.zeros(2)}, "differences.safetensors")
     save_file({"weight": torch.zeros(2)}, "foreign.safetensors")
-    for name, kind, value in (("lora", "LORA", 0.0), ("broken", "BOFT", math.nan)):
+    save_file(squares, "narrow.safetensors")
+    save_file({"lora_unet_conv_in.oft_blocks": torch.zeros(1, 2, 4, 4)}, "wide.safetensors")
+    rescaled = {"oft_blocks": torch.zeros(1, 4, 4, 4), "rescale": torch.ones(3)}
+    save_file({f"lora_unet_conv_in.{part}": value for part, value in rescaled.items()}, "rescaled.safetensors")
+    rotations = {
+        "lora": torch.zeros(1, 2, 2, 2),
+        "broken": torch.full((1, 2, 2, 2), math.nan),
+        "odd": torch.zeros(3, 2),
+        "many": torch.zeros(3, 2, 2, 2),
+        "silent": torch.zeros(1, 2, 2, 2),
+    }
+    for name, rotation in rotations.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / CONFIG_NAME).write_text(json.dumps({"peft_type": kind}))
-        tensors = {"base_model.model.a.boft_R": torch.full((1, 2, 2, 2), value)}
-        save_file(tensors, tmp_path / name / WEIGHTS_NAME)
+        settings = {"peft_type": "LORA" if name == "lora" else "BOFT", "auto_mapping": "odd"}
+        (tmp_path / name / CONFIG_NAME).write_text(json.dumps(settings))
+        save_file({"base_model.model.a.boft_R": rotation}, tmp_path / name / WEIGHTS_NAME)
     assert main(arguments.split()) == 2
     output, errors = capsys.readouterr()
     line = errors.splitlines()[-1]

@@ -68,6 +68,9 @@ def _rotated(weight: Tensor, parts: Mapping[str, Tensor], what: str) -> Tensor:
     n, m, b = len(rows), len(blocks), blocks.shape[-1]
     if blocks.dim() != 4 or blocks.shape[2] != b or blocks.shape[1] * b != n or not (is_oft or b % 2 == 0):
         raise BOFTError(f"{what}: oft_blocks of shape {tuple(parts['oft_blocks'].shape)} do not fit {n} outputs")
+    for part, size in (("alpha", 1), ("rescale", n)):
+        if part in parts and parts[part].numel() != size:
+            raise BOFTError(f"{what}: {part} of shape {tuple(parts[part].shape)} does not hold {size} numbers")
     if not fits(n, m, b):
         raise BOFTError(f"{what}: m={m} factors of blocks of size b={b} are no butterfly over {n} outputs")
     q = blocks - blocks.mT

@@ -87,7 +87,8 @@ def read(source: Path) -> Foreign:
         read = grouped(path, keys, _KEY)
         layers[component] = {name: _layer(parts, f"'{path}': layer '{name}'") for name, parts in read.items()}
         _trust_the_tensors(layers[component], settings, path.parent)
-        recorded = {"base_model": settings.get("base_model_name_or_path") or None} | origin_of(metadata)
+        named = settings.get("base_model_name_or_path")
+        recorded = {"base_model": named if isinstance(named, str) and named else None} | origin_of(metadata)
         config = {component: _implied_config(layers[component], settings)} | recorded.get("config", {})
         origin = recorded | {"config": origin.get("config", {}) | config}
     return Foreign(source, layers, origin)
@@ -117,7 +118,8 @@ def _component(keys: Iterable[str], settings: Mapping[str, Any], recorded: Mappi
     """Which part of a pipeline a lone PEFT directory adapts."""
     if len(components := list(recorded.get("config", {}))) == 1:
         return components[0]
-    owner = (settings.get("auto_mapping") or {}).get("base_model_class", "")
+    mapping = settings.get("auto_mapping")
+    owner = str(mapping.get("base_model_class", "")) if isinstance(mapping, dict) else ""
     text = " ".join(keys)
     if owner.startswith("UNet") or re.search(r"\b(down_blocks|mid_block|up_blocks)\.", text):
         return names.UNET

@@ -58,6 +58,7 @@ class _Component:
             self.error = max(self.error, float(error))
 
     def facts(self) -> dict[str, Any]:
+        """The sums, JSON-able; degrees by factor over the layers whose rotation is finite."""
         facts: dict[str, Any] = {"layers": len(self.geometries), "parameters": self.parameters}
         if self.geometries:
             facts |= {
@@ -166,10 +167,9 @@ def _part(
         component = names.COMPONENT_OF_PREFIX[match[1]]
     else:
         return None, None
-    tensor = tensor.float()
+    squares = tensor.float() if tensor.dim() == 4 else tensor.float()[None]
+    if squares.dim() != 4 or squares.shape[2] != squares.shape[3]:
+        return component, None
     if key.endswith(".boft_R"):
-        return component, 0.5 * (tensor - tensor.mT)
-    if key.endswith(".oft_blocks"):
-        squares = tensor if tensor.dim() == 4 else tensor[None]
-        return component, squares.mT - squares
-    return component, None
+        return component, 0.5 * (squares - squares.mT)
+    return component, squares.mT - squares if key.endswith(".oft_blocks") else None
