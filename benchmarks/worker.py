@@ -116,8 +116,8 @@ def _slider(unet: nn.Module, device: torch.device) -> float:
 def ready(unet: nn.Module) -> None:
     """Have every layer's adapted weight computed and kept, as the first call of the UNet would."""
     for layer in inject.boft_layers(unet).values():
-        if layer.effective_adapters():
-            layer._cached_parameters()
+        if layer.weight_outdated:
+            layer.peers.renew_weights(layer)
 
 
 def _timed(action: Callable[[], None], device: torch.device) -> float:

@@ -20,6 +20,7 @@ from boft.adapter_config import ALL_LINEAR, BOFTConfig
 from boft.control import ControlHead, attach_head, detach_head, first_channels, heads_of
 from boft.errors import BOFTError
 from boft.layers import BOFTLayer, ButterflyAdapter, layer_width, require_weights, wrap
+from boft.peers import adapted_weights, share
 from boft.targets import Target, components_of, modules_of, unwrap
 
 Factors = Real | Collection[int] | Mapping[int, float]
@@ -97,6 +98,7 @@ def attach(model: nn.Module, adapters: Mapping[str, ButterflyAdapter], name: str
     for target, adapter in adapters.items():
         adapter.train(wrapped[target].training)
         wrapped[target].adapters[name] = adapter
+    share(boft_layers(model).values())
     set_adapter(model, name)
 
 
@@ -286,8 +288,11 @@ def merge(model: Target) -> None:
     for layer, name in attached.items():
         require_weights(name, layer.base_layer)
     without = {name for layer, name in attached.items() if layer.bias is None}
+    changed = [layer for layer in attached if layer.effective_adapters()]
+    for layer, weight, bias in adapted_weights(changed):
+        layer.merge((weight, bias))
     for layer in attached:
-        layer.merge()
+        layer.merge()  # those where nothing applies
         # Past nn.Module.__setattr__, which would make the BOFT layer a submodule of its own base layer.
         layer.base_layer.__dict__[_MERGED] = layer
     _replace(model, {layer: layer.base_layer for layer in attached})
@@ -356,14 +361,22 @@ def base_of(module: nn.Module) -> nn.Module:
 
 
 def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by dotted name, without those inside BOFT layers."""
-    inside: set[nn.Module] = set()
-    outer = {}
-    for name, module in model.named_modules():
-        if module not in inside:
-            outer[name] = module
-        if isinstance(module, BOFTLayer):
-            inside.update(module.modules())
+    """Modules by dotted name, each once, without those inside BOFT layers."""
+    outer: dict[str, nn.Module] = {}
+    seen: set[nn.Module] = set()
+
+    def visit(module: nn.Module, name: str) -> None:
+        # A slider asks for this several times a move, and `named_modules` takes three times as long.
+        if module in seen:
+            return
+        seen.add(module)
+        outer[name] = module
+        if not isinstance(module, BOFTLayer):
+            for child_name, child in module._modules.items():
+                if child is not None:
+                    visit(child, f"{name}.{child_name}" if name else child_name)
+
+    visit(model, "")
     return outer
 
 

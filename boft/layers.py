@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from boft.adapter_config import BOFTConfig
 from boft.butterfly import cayley, dropout_mask, full_precision, rotate, skew_matrix
 from boft.errors import BOFTError
+from boft.peers import Peers, adapted_weights
 from boft.rotation import butterfly_rotation, cayley_blocks
 
 # One multiplication of a rotation, forward and backward, in multiplications of a plain matrix product: it is done four
@@ -64,7 +65,14 @@ class ButterflyAdapter(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n, **options)) if config.bias == "boft_only" else None
         self.strengths = (1.0,) * self.m
         self.follow = True
-        self._blocks: tuple[tuple, Tensor] | None = None
+        self.peers = Peers()
+        # Key, own blocks, and the stack of several adapters' blocks that these lie in.
+        self._blocks: tuple[tuple, Tensor, Tensor] | None = None
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that are there: skew, scale, bias."""
+        return [p for p in self._parameters.values() if p is not None]
 
     @property
     def share(self) -> float:
@@ -79,7 +87,7 @@ class ButterflyAdapter(nn.Module):
     @property
     def neutral(self) -> bool:
         """Whether nothing of this adapter is applied, so that the base layer may run untouched."""
-        return not self.levels and (self.share == 0 or (self.scale is None and self.bias is None))
+        return not any(self.strengths) and (self.share == 0 or (self.scale is None and self.bias is None))
 
     @property
     def drops(self) -> bool:
@@ -111,15 +119,35 @@ class ButterflyAdapter(nn.Module):
             return butterfly_rotation(columns, skew, self._blocks_of(skew), self.levels, inverse)
 
     def _blocks_of(self, skew: Tensor) -> Tensor:
-        """Orthogonal blocks of the applied skew; those of a training are made once an optimizer step."""
-        if skew is not self.skew or not (self.training and skew.requires_grad) or skew.is_inference():
+        """Orthogonal blocks of the applied skew; those of a training are made once an optimizer step, by all peers."""
+        if skew is not self.skew or not self._keeps_blocks:
             return cayley_blocks(skew, self.b)
-        key = (skew.data_ptr(), skew._version, _last_step)
-        if self._blocks is None or self._blocks[0] != key:
-            # Over those of the last step, as the optimizer writes over its parameters: should a graph still need them,
-            # PyTorch notices.
-            self._blocks = (key, cayley_blocks(skew, self.b, out=None if self._blocks is None else self._blocks[1]))
+        if self.blocks_outdated:
+            self.peers.renew_blocks(self)
         return self._blocks[1]
+
+    @property
+    def _keeps_blocks(self) -> bool:
+        skew = self.skew
+        whole = len(self.levels) == self.m and all(strength == 1 for strength in self.strengths)
+        return self.training and skew.requires_grad and not skew.is_inference() and whole and not self.drops
+
+    @property
+    def blocks_outdated(self) -> bool:
+        """Whether this adapter keeps its blocks, and they are not those of its parameters as they are."""
+        return self._keeps_blocks and (self._blocks is None or self._blocks[0] != self._blocks_key())
+
+    @property
+    def stacked_blocks(self) -> Tensor | None:
+        """The memory in which the kept blocks lie, those of other adapters beside them."""
+        return None if self._blocks is None else self._blocks[2]
+
+    def keep_blocks(self, blocks: Tensor, stack: Tensor) -> None:
+        """Keep blocks [m, r, b, b], a part of stack, until the parameters change."""
+        self._blocks = (self._blocks_key(), blocks, stack)
+
+    def _blocks_key(self) -> tuple:
+        return self.skew.data_ptr(), self.skew._version, _last_step
 
     def train(self, mode: bool = True) -> ButterflyAdapter:
         self._blocks = None
@@ -176,6 +204,7 @@ class BOFTLayer(nn.Module):
         self.train(base_layer.training)
         self._kept: tuple[nn.Parameter, nn.Parameter | None] | None = None
         self._cache: tuple[tuple, Tensor, Tensor | None] | None = None
+        self.peers = Peers()
 
     @property
     def weight(self) -> Tensor:
@@ -194,7 +223,9 @@ class BOFTLayer(nn.Module):
 
     def active_adapters(self) -> list[ButterflyAdapter]:
         """The layer's adapters that are selected, in the order in which they apply."""
-        return [self.adapters[name] for name in self.active if name in self.adapters]
+        # Past nn.Module's slow attributes: a slider asks for this a dozen times a layer.
+        adapters = self._modules["adapters"]._modules
+        return [adapters[name] for name in self.active if name in adapters]
 
     def effective_adapters(self) -> list[ButterflyAdapter]:
         """Those of the active adapters that change anything at their strengths."""
@@ -202,28 +233,51 @@ class BOFTLayer(nn.Module):
 
     def adapted_parameters(self, dropout: bool = False) -> tuple[Tensor, Tensor | None]:
         """(W', bias') in the base layer's dtype and shapes: one differentiable function of base weight and adapters."""
-        weight, bias = self._kept or (self.base_layer.weight, self.base_layer.bias)
         adapters = self.effective_adapters()
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        for adapter in adapters:
-            dtype = torch.promote_types(dtype, adapter.skew.dtype)
-        columns = weight.flatten(1).t().to(dtype)  # [d, n]
-        adapted_bias = None if bias is None else bias.to(dtype)
+        columns = self.columns()
         for adapter in adapters:
             columns = adapter.rotated(columns, dropout)
-            if (scale := adapter.output_scale()) is not None:
-                columns = columns * scale.to(dtype)
+            if adapter is not adapters[-1] and (scale := adapter.output_scale()) is not None:
+                columns = columns * scale.to(columns.dtype)
+        return self.finished(columns.t(), adapters)
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The base model's weight, also while the layer is merged."""
+        return (self._kept or (self.base_layer.weight,))[0]
+
+    @property
+    def rotation_dtype(self) -> torch.dtype:
+        """float32, or float64 where the weight or an adapter is."""
+        dtype = torch.promote_types(self.base_weight.dtype, torch.float32)
+        for adapter in self.effective_adapters():
+            dtype = torch.promote_types(dtype, adapter.skew.dtype)
+        return dtype
+
+    def columns(self) -> Tensor:
+        """The base weight as columns [d, n], to be rotated."""
+        columns = self.base_weight.flatten(1).t().to(self.rotation_dtype)
+        # In training the copy is spared. Otherwise all ways to W' shall be the same products, and so the same bits.
+        return columns if self.training and torch.is_grad_enabled() else columns.contiguous()
+
+    def finished(self, rotated: Tensor, adapters: list[ButterflyAdapter]) -> tuple[Tensor, Tensor | None]:
+        """(W', bias') of the weight [n, d] that all adapters have rotated, and all but the last have scaled."""
+        weight, bias = self._kept or (self.base_layer.weight, self.base_layer.bias)
+        if adapters and (scale := adapters[-1].output_scale()) is not None:
+            rotated = rotated * scale.to(rotated.dtype)[:, None]
+        adapted_bias = None if bias is None else bias.to(rotated.dtype)
+        for adapter in adapters:
             if (added := adapter.output_bias()) is not None:
-                adapted_bias = added.to(dtype) if adapted_bias is None else adapted_bias + added
+                adapted_bias = added.to(rotated.dtype) if adapted_bias is None else adapted_bias + added
         # Laid out like the base weight, so that the same kernel runs: an untrained adapter is exactly the base layer.
-        adapted = columns.t().to(weight.dtype).contiguous().reshape(weight.shape)
+        adapted = rotated.to(weight.dtype).contiguous().reshape(weight.shape)
         return adapted, None if adapted_bias is None else adapted_bias.to(weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """The adapted layer's output for x, which has the base layer's input shape."""
         if self.merged or not (adapters := self.effective_adapters()):
             return self.base_layer(x)
-        if parts := [part for part in (self.base_layer, *self.active_adapters()) if _HOOKS & part.__dict__.keys()]:
+        if parts := self._hooked():
             return self._run_hooked(x, parts)
         if self._constant():
             return self._run(x, *self._cached_parameters())
@@ -251,19 +305,19 @@ class BOFTLayer(nn.Module):
             for part in parts:
                 part._hf_hook.post_forward(part, None)
 
-    def merge(self) -> None:
-        """Put W' into the base layer; the base parameters themselves are kept aside."""
+    def merge(self, parameters: tuple[Tensor, Tensor | None] | None = None) -> None:
+        """Put (W', bias'), computed here where not given, into the base layer, whose own parameters are kept aside."""
         if self.merged:
             return
         self._cache = None
-        if not self.effective_adapters():
-            self._kept = (self.base_layer.weight, self.base_layer.bias)
-            return
-        with torch.no_grad():
-            weight, bias = self.adapted_parameters()
-        self._kept = (self.base_layer.weight, self.base_layer.bias)
-        self.base_layer.weight = nn.Parameter(weight, requires_grad=self.base_layer.weight.requires_grad)
-        self.base_layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        base = (self.base_layer.weight, self.base_layer.bias)
+        if parameters is None and self.effective_adapters():
+            parameters = next(adapted_weights([self]))[1:]
+        if parameters is not None:
+            weight, bias = parameters
+            self.base_layer.weight = nn.Parameter(weight, requires_grad=base[0].requires_grad)
+            self.base_layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._kept = base
 
     def unmerge(self) -> None:
         """Put the kept base parameters back, bit for bit; on the device and in the dtype the model has moved to."""
@@ -291,8 +345,11 @@ class BOFTLayer(nn.Module):
         return super()._apply(fn, recurse)
 
     def _sources(self) -> list[Tensor]:
-        base = [p for p in (self.base_layer.weight, self.base_layer.bias) if p is not None]
-        return base + [p for adapter in self.active_adapters() for p in adapter.parameters()]
+        base = self._modules["base_layer"]
+        sources = [p for p in (base.weight, base.bias) if p is not None]
+        for adapter in self.active_adapters():
+            sources += adapter.trained
+        return sources
 
     def _constant(self) -> bool:
         if self.training or torch.compiler.is_compiling():
@@ -302,15 +359,31 @@ class BOFTLayer(nn.Module):
         return tracked and not (torch.is_grad_enabled() and any(p.requires_grad for p in sources))
 
     def _cached_parameters(self) -> tuple[Tensor, Tensor | None]:
+        if self._cache is None or self._cache[0] != self._cache_key():
+            self._cache = None  # before the new one is made: two would not always fit
+            self.peers.renew_weights(self)
+        return self._cache[1:]
+
+    @property
+    def weight_outdated(self) -> bool:
+        """Whether this layer, as it is, would keep its adapted weight, and has none of its adapters as they are."""
+        if self.merged or not self.effective_adapters() or not self._constant() or self._hooked():
+            return False
+        return self._cache is None or self._cache[0] != self._cache_key()
+
+    def keep(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Keep (W', bias') until the adapters or the base layer change."""
+        self._cache = (self._cache_key(), weight, bias)
+
+    def _cache_key(self) -> tuple:
         factors = [(adapter.strengths, adapter.follow) for adapter in self.effective_adapters()]
         versions = [(p.data_ptr(), p._version) for p in self._sources()]
         # A tensor made in inference mode cannot be used outside it, so the mode is part of the key.
-        key = (self.active, factors, versions, torch.is_inference_mode_enabled())
-        if self._cache is None or self._cache[0] != key:
-            self._cache = None  # before the new one is made: two would not always fit
-            with torch.no_grad():
-                self._cache = (key, *self.adapted_parameters())
-        return self._cache[1:]
+        return self.active, factors, versions, torch.is_inference_mode_enabled()
+
+    def _hooked(self) -> list[nn.Module]:
+        parts = (self._modules["base_layer"], *self.active_adapters())
+        return [part for part in parts if not _HOOKS.isdisjoint(part.__dict__)]
 
     def _rotates_input(self, x: Tensor, adapters: list[ButterflyAdapter]) -> bool:
         """Whether W (Rᵀx) costs less than (W Rᵀ) x, by `ROTATION_COST`, forward and backward together."""
@@ -323,10 +396,7 @@ class BOFTLayer(nn.Module):
 
     def _run_rotated(self, x: Tensor, adapters: list[ButterflyAdapter]) -> Tensor:
         """diag(s) W (Rᵀ x) + bias: the same function of x as `_run` with W', by way of the input."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        for adapter in adapters:
-            dtype = torch.promote_types(dtype, adapter.skew.dtype)
-        columns = self._to_columns(x).to(dtype)
+        columns = self._to_columns(x).to(self.rotation_dtype)
         for adapter in reversed(adapters):
             columns = adapter.rotated(columns, dropout=self.training, inverse=True)
         rotated = self._from_columns(columns.to(x.dtype), x)

@@ -17,7 +17,6 @@ import math
 import threading
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
@@ -45,10 +44,11 @@ def butterfly_rotation(columns: Tensor, skew: Tensor, blocks: Tensor, levels: Se
     return _Rotation.apply(columns, skew, blocks, tuple(levels), inverse)
 
 
-def cayley_blocks(skew: Tensor, b: int, out: Tensor | None = None) -> Tensor:
+def cayley_blocks(skew: Tensor, b: int, out: Tensor | None = None, *, quick: bool = False) -> Tensor:
     """Orthogonal blocks [..., b, b] of packed skew parameters [..., b(b-1)/2]: exact to rounding, without a graph.
 
-    `out` is memory of an earlier result to write to.
+    Each block comes out the same in whatever company. `quick` gives that up, within rounding: the polynomials are then
+    only as long as the blocks at hand need. `out` is memory of an earlier result to write to.
     """
     with torch.no_grad(), full_precision(skew.device):
         q = _unpacked(skew.detach().to(torch.promote_types(skew.dtype, torch.float32)), b)
@@ -58,7 +58,7 @@ def cayley_blocks(skew: Tensor, b: int, out: Tensor | None = None) -> Tensor:
         blocks = torch.empty_like(q) if out is None else out
         chunks = [matrices.view(-1, b, b).split(max(1, _CHUNK // b**2)) for matrices in (q, blocks)]
         for chunk, orthogonal in zip(*chunks, strict=True):
-            _cayley_by_products(chunk, orthogonal)
+            _cayley_by_products(chunk, orthogonal, quick)
         return blocks
 
 
@@ -222,7 +222,7 @@ def _scratch(slot: str, like: Tensor, shape: Sequence[int] | None = None) -> Ten
     return held[key][:size].view(shape)
 
 
-def _cayley_by_products(q: Tensor, out: Tensor) -> None:
+def _cayley_by_products(q: Tensor, out: Tensor, quick: bool) -> None:
     """R of skew-symmetric q [N, b, b] into out, with the rounding error of float32; solved where q is too large for it.
 
     With S = QQᵀ = -Q² and a polynomial p for which p(S)(I + S) = I to rounding, R = 2(I - Q) p(S) - I.
@@ -230,11 +230,10 @@ def _cayley_by_products(q: Tensor, out: Tensor) -> None:
     square = torch.bmm(q, q.mT, out=_scratch("square", q))
     fourth = torch.bmm(square, square, out=_scratch("fourth", q))
     # ‖S‖² = ‖S²‖, at most its Frobenius norm: close enough, and no eigenvalue is computed.
-    bound = torch.linalg.vector_norm(fourth, dim=(-2, -1)).amax().sqrt().item()
-    degree = next((degree for degree in _DEGREES if bound <= _reach(degree)), None)
-    if degree is None:
-        out.copy_(cayley(q))
-        return
+    bounds = torch.linalg.vector_norm(fourth, dim=(-2, -1)).sqrt()
+    largest = bounds.amax().item()
+    longest = max(_DEGREES)
+    degree = next((d for d in _DEGREES if largest <= _reach(d)), longest) if quick else longest
     powers = [square, fourth]
     if _DEGREES[degree] == 3:
         powers.append(torch.bmm(fourth, square, out=_scratch("sixth", q)))
@@ -242,6 +241,9 @@ def _cayley_by_products(q: Tensor, out: Tensor) -> None:
     # R = 2p - 2Qp - I
     torch.baddbmm(p, q, p, beta=2, alpha=-2, out=out)
     out.diagonal(dim1=-2, dim2=-1).sub_(1)
+    if not largest <= _LARGEST:
+        beyond = ~(bounds <= _LARGEST)  # so that what is not a number is, too
+        out[beyond] = cayley(q[beyond])
 
 
 def _polynomial(coefficients: Sequence[float], powers: Sequence[Tensor]) -> Tensor:
@@ -270,25 +272,30 @@ def _reach(degree: int) -> float:
     low, high = 0.0, _LARGEST
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _equal_ripples(degree, middle)[1] <= _RESIDUAL else (low, middle)
-    return low
+        low, high = (middle, high) if _ripple(degree, middle) <= _RESIDUAL else (low, middle)
+    return high if _ripple(degree, high) <= _RESIDUAL else low
+
+
+def _ripple(degree: int, end: float) -> float:
+    """Height on [0, end] of the residual 1 - p(t)(1 + t) that is the Chebyshev polynomial with its first zero at 0.
+
+    It is 1 at t = -1, where p cannot matter, and of all such polynomials it is the flattest.
+    """
+    centre, half = _interval(degree, end)
+    return 1 / math.cosh((degree + 1) * math.acosh((1 + centre) / half)) if half else 0.0
+
+
+def _interval(degree: int, end: float) -> tuple[float, float]:
+    """Centre and half width of the interval up to `end` whose Chebyshev polynomial has its first zero at 0."""
+    half = end / (1 + math.cos(math.pi / (2 * (degree + 1))))
+    return end - half, half
 
 
 @functools.cache
 def _coefficients(degree: int) -> list[float]:
     """c_0 … c_degree of p with p(t)(1 + t) = 1 on [0, reach]; c_0 is 1, so that Q = 0 stays the identity exactly."""
-    ripples, _ = _equal_ripples(degree, _reach(degree))
-    one_minus = Polynomial([1]) - ripples
-    quotient, _ = divmod(one_minus, Polynomial([1, 1]))
+    centre, half = _interval(degree, _reach(degree))
+    residual = Chebyshev.basis(degree + 1, domain=[centre - half, centre + half])
+    residual = residual.convert(kind=Polynomial, domain=[-1, 1], window=[-1, 1]) / residual(-1.0)
+    quotient, _ = divmod(Polynomial([1]) - residual, Polynomial([1, 1]))
     return [1.0, *quotient.coef[1:].tolist()]
-
-
-def _equal_ripples(degree: int, end: float) -> tuple[Polynomial, float]:
-    """The residual 1 - p(t)(1 + t): the Chebyshev polynomial with its first zero at t = 0, and its height on [0, end].
-
-    It is 1 at t = -1, where p cannot matter, and of all such polynomials it is the flattest.
-    """
-    half = end / (1 + np.cos(np.pi / (2 * (degree + 1))))
-    shifted = Chebyshev.basis(degree + 1, domain=[end - 2 * half, end])
-    height = 1 / abs(shifted(-1.0))
-    return shifted.convert(kind=Polynomial, domain=[-1, 1], window=[-1, 1]) / shifted(-1.0), height

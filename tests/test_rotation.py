@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import boft
-from boft import layers, rotation
+from boft import layers, peers, rotation
 from boft.rotation import butterfly_rotation, cayley_blocks
 
 GEOMETRIES = [(24, 1, 3), (24, 1, 24), (24, 2, 6), (64, 4, 8), (96, 5, 6), (320, 5, 20)]
@@ -116,13 +116,13 @@ def adapted_linear(**settings: object) -> boft.layers.BOFTLayer:
 
 def count_cayleys(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
-    original = layers.cayley_blocks
+    original = peers.cayley_blocks
 
-    def counted(skew, b, out=None):
+    def counted(skew, b, out=None, **options):
         calls.append(1)
-        return original(skew, b, out)
+        return original(skew, b, out, **options)
 
-    monkeypatch.setattr(layers, "cayley_blocks", counted)
+    monkeypatch.setattr(peers, "cayley_blocks", counted)
     return calls
 
 

@@ -1,0 +1,133 @@
+"""What the adapted layers of one model compute together: few large batched products instead of many small ones.
+
+Layers of the same width and geometry stack: r blocks each of L layers are L·r blocks of one rotation of width L·d, for
+no level couples half-blocks of two layers. What is computed is the same for each layer, alone or in company.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from boft.rotation import butterfly_rotation, cayley_blocks
+
+if TYPE_CHECKING:
+    from boft.layers import BOFTLayer, ButterflyAdapter
+
+Item = TypeVar("Item")
+
+# Numbers in a stack at most. On a CPU larger ones leave the caches; on a GPU they fill it.
+_MOST_BLOCKS = {"cpu": 1 << 19}
+_MOST_COLUMNS = {"cpu": 1 << 22}
+_MOST_ELSEWHERE = 1 << 26
+
+
+class Peers:
+    """The adapted layers of a model, held weakly. A copy is empty: its layers compute alone until they are shared."""
+
+    def __init__(self, layers: Iterable[BOFTLayer] = ()) -> None:
+        self._layers = [weakref.ref(layer) for layer in layers]
+
+    def __reduce__(self) -> tuple:
+        return Peers, ()
+
+    def layers(self) -> list[BOFTLayer]:
+        return [layer for reference in self._layers if (layer := reference()) is not None]
+
+    def renew_blocks(self, wanted: ButterflyAdapter) -> None:
+        """Make the orthogonal blocks, of one adapter in training and of all like it whose own are out of date."""
+        found = {id(adapter): adapter for layer in self.layers() for adapter in layer.active_adapters()}
+        like = (wanted.b, wanted.skew.device, wanted.skew.dtype)
+        adapters = [
+            adapter
+            for adapter in ({id(wanted): wanted} | found).values()
+            if (adapter.b, adapter.skew.device, adapter.skew.dtype) == like and adapter.blocks_outdated
+        ]
+        for stack in _stacks(adapters, lambda a: a.m * a.r * a.b**2, _MOST_BLOCKS, wanted.skew.device):
+            _renew(stack)
+
+    def renew_weights(self, wanted: BOFTLayer) -> None:
+        """Keep the adapted weights, of one layer in evaluation and of all others that have none at hand."""
+        layers = [layer for layer in self.layers() if layer is not wanted and layer.weight_outdated]
+        for layer, weight, bias in adapted_weights([wanted, *layers]):
+            layer.keep(weight, bias)
+
+
+def share(layers: Iterable[BOFTLayer]) -> None:
+    """Have these layers, those of one model, compute together from now on."""
+    layers = list(layers)
+    peers = Peers(layers)
+    for layer in layers:
+        layer.peers = peers
+        for adapter in layer.adapters.values():
+            adapter.peers = peers
+
+
+def adapted_weights(layers: Sequence[BOFTLayer]) -> Iterator[tuple[BOFTLayer, Tensor, Tensor | None]]:
+    """(layer, W', bias') of each layer, in the base layer's dtype and shapes, without a graph; in any order."""
+    alone = [layer for layer in layers if len(layer.effective_adapters()) != 1]
+    for layer in alone:
+        with torch.no_grad():
+            yield layer, *layer.adapted_parameters()
+    groups: dict[Hashable, list[BOFTLayer]] = {}
+    for layer in layers:
+        if len(adapters := layer.effective_adapters()) == 1:
+            weight = layer.base_weight
+            key = (adapters[0].d, adapters[0].n, adapters[0].b, adapters[0].levels, weight.device, layer.rotation_dtype)
+            groups.setdefault(key, []).append(layer)
+    for group in groups.values():
+        device = group[0].base_weight.device
+        for stack in _stacks(group, lambda layer: layer.base_weight.numel(), _MOST_COLUMNS, device):
+            with torch.no_grad():
+                results = _adapted_stack(stack)
+            yield from results
+
+
+def _adapted_stack(layers: Sequence[BOFTLayer]) -> list[tuple[BOFTLayer, Tensor, Tensor | None]]:
+    adapters = [layer.effective_adapters()[0] for layer in layers]
+    first, dtype = adapters[0], layers[0].rotation_dtype
+    weights = torch.stack([layer.base_weight.flatten(1) for layer in layers]).to(dtype)  # [L, n, d]
+    if levels := first.levels:
+        columns = weights.mT.reshape(-1, first.n)  # [L·d, n]
+        skew = torch.cat([adapter.applied_skew() for adapter in adapters], dim=1).to(dtype)
+        rotated = butterfly_rotation(columns, skew, cayley_blocks(skew, first.b), levels, False)
+        weights = rotated.view(-1, first.d, first.n).mT.contiguous()
+    results = []
+    for layer, adapter, weight in zip(layers, adapters, weights, strict=True):
+        # Each in memory of its own, as a merged model is saved; a scaled weight is a new one.
+        weight = weight.clone() if adapter.output_scale() is None else weight
+        results.append((layer, *layer.finished(weight, [adapter])))
+    return results
+
+
+def _renew(adapters: Sequence[ButterflyAdapter]) -> None:
+    """Make the blocks of these adapters in one go, over those of the last step where they lie side by side."""
+    skews = torch.cat([adapter.skew.detach().flatten(0, 1) for adapter in adapters])
+    memory = adapters[0].stacked_blocks
+    usable = memory is not None and all(adapter.stacked_blocks is memory for adapter in adapters)
+    usable = usable and len(memory) == len(skews)
+    blocks = cayley_blocks(skews, adapters[0].b, out=memory if usable else None, quick=True)
+    parts = blocks.split([adapter.m * adapter.r for adapter in adapters])
+    for adapter, part in zip(adapters, parts, strict=True):
+        adapter.keep_blocks(part.view(adapter.m, adapter.r, adapter.b, adapter.b), blocks)
+
+
+def _stacks(
+    items: Sequence[Item], size: Callable[[Item], int], most: dict[str, int], device: torch.device
+) -> Iterator[list[Item]]:
+    """The items in stacks of no more numbers than suit the device, at least one item each."""
+    limit = most.get(device.type, _MOST_ELSEWHERE)
+    stack: list[Item] = []
+    total = 0
+    for item in items:
+        if stack and total + size(item) > limit:
+            yield stack
+            stack, total = [], 0
+        stack.append(item)
+        total += size(item)
+    if stack:
+        yield stack
