@@ -98,7 +98,7 @@ def attach(model: nn.Module, adapters: Mapping[str, ButterflyAdapter], name: str
     for target, adapter in adapters.items():
         adapter.train(wrapped[target].training)
         wrapped[target].adapters[name] = adapter
-    share(boft_layers(model).values())
+    share(model, boft_layers(model).values())
     set_adapter(model, name)
 
 
@@ -145,6 +145,8 @@ def detach(model: Target, name: str) -> None:
             del layer.adapters[name]
             layer.drop_cache()
     _replace(model, {layer: layer.base_layer for layer in boft_layers(model).values() if not layer.adapters})
+    for module in modules_of(model):
+        share(module, boft_layers(module).values())
 
 
 def adapter_names(model: Target) -> list[str]:

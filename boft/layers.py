@@ -27,6 +27,9 @@ from boft.rotation import butterfly_rotation, cayley_blocks
 # times (out, again in the backward, the gradient, the blocks' gradient), each in small products between two copies.
 # Measured by `python -m benchmarks.speed --preset growth`; see benchmarks/README.md.
 ROTATION_COST = 10
+# What a rotated input costs beyond that, in the same unit, however small it is: weights are rotated for many layers in
+# one go, inputs come one at a time.
+CALL_COST = 1 << 25
 
 
 _steps = itertools.count()
@@ -116,18 +119,19 @@ class ButterflyAdapter(nn.Module):
                 # What a compiler can see through: it fuses and differentiates this by itself.
                 blocks = cayley(skew_matrix(skew, self.b))
                 return rotate(columns, blocks, self.levels, inverse)
-            return butterfly_rotation(columns, skew, self._blocks_of(skew), self.levels, inverse)
+            return butterfly_rotation(columns, skew, self.blocks_of(skew), self.levels, inverse)
 
-    def _blocks_of(self, skew: Tensor) -> Tensor:
+    def blocks_of(self, skew: Tensor) -> Tensor:
         """Orthogonal blocks of the applied skew; those of a training are made once an optimizer step, by all peers."""
-        if skew is not self.skew or not self._keeps_blocks:
+        if skew is not self.skew or not self.keeps_blocks:
             return cayley_blocks(skew, self.b)
         if self.blocks_outdated:
             self.peers.renew_blocks(self)
         return self._blocks[1]
 
     @property
-    def _keeps_blocks(self) -> bool:
+    def keeps_blocks(self) -> bool:
+        """Whether the blocks of all factors serve for a whole optimizer step."""
         skew = self.skew
         whole = len(self.levels) == self.m and all(strength == 1 for strength in self.strengths)
         return self.training and skew.requires_grad and not skew.is_inference() and whole and not self.drops
@@ -135,7 +139,7 @@ class ButterflyAdapter(nn.Module):
     @property
     def blocks_outdated(self) -> bool:
         """Whether this adapter keeps its blocks, and they are not those of its parameters as they are."""
-        return self._keeps_blocks and (self._blocks is None or self._blocks[0] != self._blocks_key())
+        return self.keeps_blocks and (self._blocks is None or self._blocks[0] != self._blocks_key())
 
     @property
     def stacked_blocks(self) -> Tensor | None:
@@ -204,6 +208,9 @@ class BOFTLayer(nn.Module):
         self.train(base_layer.training)
         self._kept: tuple[nn.Parameter, nn.Parameter | None] | None = None
         self._cache: tuple[tuple, Tensor, Tensor | None] | None = None
+        # (W', bias') with their graph, made by the peers together for this one call of the model.
+        self.ready: tuple[Tensor, Tensor | None] | None = None
+        self._rotated_input: bool | None = None
         self.peers = Peers()
 
     @property
@@ -262,16 +269,20 @@ class BOFTLayer(nn.Module):
 
     def finished(self, rotated: Tensor, adapters: list[ButterflyAdapter]) -> tuple[Tensor, Tensor | None]:
         """(W', bias') of the weight [n, d] that all adapters have rotated, and all but the last have scaled."""
-        weight, bias = self._kept or (self.base_layer.weight, self.base_layer.bias)
         if adapters and (scale := adapters[-1].output_scale()) is not None:
             rotated = rotated * scale.to(rotated.dtype)[:, None]
-        adapted_bias = None if bias is None else bias.to(rotated.dtype)
+        # Laid out like the base weight, so that the same kernel runs: an untrained adapter is exactly the base layer.
+        weight = self.base_weight
+        return rotated.to(weight.dtype).contiguous().reshape(weight.shape), self.adapted_bias(adapters, rotated.dtype)
+
+    def adapted_bias(self, adapters: list[ButterflyAdapter], dtype: torch.dtype) -> Tensor | None:
+        """The base layer's bias and those of the adapters, added up in dtype, in that of the base weight."""
+        weight, bias = self._kept or (self.base_layer.weight, self.base_layer.bias)
+        total = None if bias is None else bias.to(dtype)
         for adapter in adapters:
             if (added := adapter.output_bias()) is not None:
-                adapted_bias = added.to(rotated.dtype) if adapted_bias is None else adapted_bias + added
-        # Laid out like the base weight, so that the same kernel runs: an untrained adapter is exactly the base layer.
-        adapted = rotated.to(weight.dtype).contiguous().reshape(weight.shape)
-        return adapted, None if adapted_bias is None else adapted_bias.to(weight.dtype)
+                total = added.to(dtype) if total is None else total + added
+        return None if total is None else total.to(weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """The adapted layer's output for x, which has the base layer's input shape."""
@@ -283,9 +294,22 @@ class BOFTLayer(nn.Module):
             return self._run(x, *self._cached_parameters())
         self._cache = None
         # In training only: in evaluation the kept, a fresh and a merged weight give the same output bit for bit.
-        if self.training and self._rotates_input(x, adapters):
+        self._rotated_input = self.training and self._rotates_input(x, adapters)
+        if self._rotated_input:
             return self._run_rotated(x, adapters)
+        if self.ready is not None:
+            return self._run(x, *self.ready)
         return self._run(x, *self.adapted_parameters(dropout=self.training))
+
+    @property
+    def rotates_weight_alike(self) -> bool:
+        """Whether the next call in training is to rotate the weight, by one whole adapter: what layers can do at once.
+
+        Tokens are known when the layer is called; what the last call did is taken for what the next will do.
+        """
+        adapters = self.effective_adapters()
+        alike = len(adapters) == 1 and adapters[0].keeps_blocks and not self.merged and not self._hooked()
+        return alike and self._rotated_input is False
 
     def _run_hooked(self, x: Tensor, parts: list[nn.Module]) -> Tensor:
         """As forward, with accelerate's hooks called, which keep weights elsewhere while they are not used.
@@ -386,13 +410,13 @@ class BOFTLayer(nn.Module):
         return [part for part in parts if not _HOOKS.isdisjoint(part.__dict__)]
 
     def _rotates_input(self, x: Tensor, adapters: list[ButterflyAdapter]) -> bool:
-        """Whether W (Rᵀx) costs less than (W Rᵀ) x, by `ROTATION_COST`, forward and backward together."""
+        """Whether W (Rᵀx) costs less than (W Rᵀ) x, forward and backward together, by the costs above."""
         tokens = self._tokens(x)
         if tokens is None:
             return False
         d, n = adapters[0].d, adapters[0].n
         for_one_column = ROTATION_COST * d * sum(len(adapter.levels) * adapter.b for adapter in adapters)
-        return tokens * for_one_column < n * for_one_column + tokens * d * n
+        return tokens * for_one_column + CALL_COST < n * for_one_column + tokens * d * n
 
     def _run_rotated(self, x: Tensor, adapters: list[ButterflyAdapter]) -> Tensor:
         """diag(s) W (Rᵀ x) + bias: the same function of x as `_run` with W', by way of the input."""

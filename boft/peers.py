@@ -11,14 +11,18 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from boft.butterfly import full_precision
 from boft.rotation import butterfly_rotation, cayley_blocks
 
 if TYPE_CHECKING:
     from boft.layers import BOFTLayer, ButterflyAdapter
 
 Item = TypeVar("Item")
+
+# Attributes of the model that the layers belong to.
+_PEERS, _HANDLES = "_boft_peers", "_boft_handles"
 
 # Numbers in a stack at most. On a CPU larger ones leave the caches; on a GPU they fill it.
 _MOST_BLOCKS = {"cpu": 1 << 19}
@@ -57,14 +61,22 @@ class Peers:
             layer.keep(weight, bias)
 
 
-def share(layers: Iterable[BOFTLayer]) -> None:
-    """Have these layers, those of one model, compute together from now on."""
+def share(model: nn.Module, layers: Iterable[BOFTLayer]) -> None:
+    """Have a model's adapted layers compute together from now on; with no layers, leave no trace of it."""
     layers = list(layers)
     peers = Peers(layers)
     for layer in layers:
         layer.peers = peers
         for adapter in layer.adapters.values():
             adapter.peers = peers
+    for handle in model.__dict__.pop(_HANDLES, ()):
+        handle.remove()
+    model.__dict__.pop(_PEERS, None)
+    if layers:
+        # In the dictionary itself: neither is a part of the model to be saved or moved.
+        model.__dict__[_PEERS] = peers
+        handles = (model.register_forward_pre_hook(prepare), model.register_forward_hook(release, always_call=True))
+        model.__dict__[_HANDLES] = handles
 
 
 def adapted_weights(layers: Sequence[BOFTLayer]) -> Iterator[tuple[BOFTLayer, Tensor, Tensor | None]]:
@@ -73,18 +85,10 @@ def adapted_weights(layers: Sequence[BOFTLayer]) -> Iterator[tuple[BOFTLayer, Te
     for layer in alone:
         with torch.no_grad():
             yield layer, *layer.adapted_parameters()
-    groups: dict[Hashable, list[BOFTLayer]] = {}
-    for layer in layers:
-        if len(adapters := layer.effective_adapters()) == 1:
-            weight = layer.base_weight
-            key = (adapters[0].d, adapters[0].n, adapters[0].b, adapters[0].levels, weight.device, layer.rotation_dtype)
-            groups.setdefault(key, []).append(layer)
-    for group in groups.values():
-        device = group[0].base_weight.device
-        for stack in _stacks(group, lambda layer: layer.base_weight.numel(), _MOST_COLUMNS, device):
-            with torch.no_grad():
-                results = _adapted_stack(stack)
-            yield from results
+    for stack in _alike([layer for layer in layers if len(layer.effective_adapters()) == 1]):
+        with torch.no_grad():
+            results = _adapted_stack(stack)
+        yield from results
 
 
 def _adapted_stack(layers: Sequence[BOFTLayer]) -> list[tuple[BOFTLayer, Tensor, Tensor | None]]:
@@ -102,6 +106,60 @@ def _adapted_stack(layers: Sequence[BOFTLayer]) -> list[tuple[BOFTLayer, Tensor,
         weight = weight.clone() if adapter.output_scale() is None else weight
         results.append((layer, *layer.finished(weight, [adapter])))
     return results
+
+
+def prepare(model: nn.Module, inputs: object = None) -> None:
+    """Before a model trains on a batch: rotate the weights of all layers that will want theirs rotated, with a graph.
+
+    Under gradient checkpointing parts of the model run again in the backward, and each layer must then do what it did.
+    """
+    peers = model.__dict__.get(_PEERS)
+    if peers is None or not (model.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return
+    layers = [layer for layer in peers.layers() if layer.rotates_weight_alike]
+    for stack in _alike(layers):
+        if len(stack) > 1:
+            _rotate_with_graph(stack)
+
+
+def release(model: nn.Module, inputs: object = None, output: object = None) -> None:
+    """After the call: what was prepared for it is not used again."""
+    if (peers := model.__dict__.get(_PEERS)) is not None:
+        for layer in peers.layers():
+            layer.ready = None
+
+
+def _rotate_with_graph(layers: Sequence[BOFTLayer]) -> None:
+    adapters = [layer.effective_adapters()[0] for layer in layers]
+    first, dtype = adapters[0], layers[0].rotation_dtype
+    with full_precision(layers[0].base_weight.device):
+        weights = torch.stack([layer.base_weight.flatten(1) for layer in layers]).to(dtype)  # [L, n, d]
+        skew = torch.cat([adapter.skew for adapter in adapters], dim=1).to(dtype)
+        blocks = torch.cat([adapter.blocks_of(adapter.skew) for adapter in adapters], dim=1).to(dtype)
+        rotated = butterfly_rotation(weights.mT.reshape(-1, first.n), skew, blocks, first.levels, False)
+        weights = rotated.view(-1, first.d, first.n).mT
+        scales = [adapter.output_scale() for adapter in adapters]
+        if scales[0] is not None:
+            weights = weights * torch.stack(scales).to(dtype)[..., None]
+        weights = weights.contiguous()
+        for layer, adapter, weight in zip(layers, adapters, weights.unbind(), strict=True):
+            base = layer.base_weight
+            layer.ready = weight.to(base.dtype).view(base.shape), layer.adapted_bias([adapter], dtype)
+
+
+def _alike(layers: Sequence[BOFTLayer]) -> Iterator[list[BOFTLayer]]:
+    """Layers with one effective adapter in stacks of the same shape, geometry and types."""
+    groups: dict[Hashable, list[BOFTLayer]] = {}
+    for layer in layers:
+        adapter, weight = layer.effective_adapters()[0], layer.base_weight
+        has_scale = adapter.output_scale() is not None
+        key = (adapter.d, adapter.n, adapter.b, adapter.levels, weight.device, layer.rotation_dtype, has_scale)
+        groups.setdefault(key, []).append(layer)
+    for group in groups.values():
+        device = group[0].base_weight.device
+        yield from _stacks(group, lambda layer: layer.base_weight.numel(), _MOST_COLUMNS, device)
 
 
 def _renew(adapters: Sequence[ButterflyAdapter]) -> None:

@@ -205,6 +205,7 @@ def test_both_sides_give_the_same_output_and_gradients(make, shape, autocast, mo
     results = []
     for cost in (0, 1e9):  # a rotation that costs nothing goes to the input; a dear one where there are fewer columns
         monkeypatch.setattr(layers, "ROTATION_COST", cost)
+        monkeypatch.setattr(layers, "CALL_COST", 0)
         layer = two_adapters(make)
         inputs = x.clone().requires_grad_()
         rotates_input = layer._rotates_input(inputs, layer.effective_adapters())
@@ -221,6 +222,77 @@ def test_both_sides_give_the_same_output_and_gradients(make, shape, autocast, mo
     for one, other in zip(*results, strict=True):
         assert one.dtype == other.dtype
         assert (one.float() - other.float()).norm() <= tolerance * other.float().norm()
+
+
+class Small(nn.Module):
+    """Three layers of one shape and a fourth of another, called in turn, with a convolution among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16, bias=False)
+        self.last, self.conv = nn.Linear(16, 8), nn.Conv2d(1, 4, 4, padding=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.third(self.second(self.first(x).tanh()).tanh()).tanh()
+        return self.last(x).sum() + self.conv(x[None]).square().sum()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("scale", [False, True])
+def test_weights_rotated_together_train_as_those_rotated_alone(scale, autocast, monkeypatch):
+    def trained(together: bool) -> tuple[list[torch.Tensor], list[int]]:
+        torch.manual_seed(0)
+        model = Small()
+        config = boft.BOFTConfig(m=2, b=4, target_modules="all-linear", scale=scale, bias="boft_only")
+        boft.add_adapter(model, config)
+        stacks: list[int] = []
+        original = peers._rotate_with_graph
+        monkeypatch.setattr(peers, "_rotate_with_graph", lambda s: stacks.append(len(s)) or original(s))
+        if not together:
+            boft.peers.share(model, [])
+        parameters = boft.trainable_parameters(model)
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+        for _ in range(4):
+            optimizer.zero_grad()
+            for _ in range(2):
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                    loss = model(torch.randn(40, 16))
+                loss.backward()
+            optimizer.step()
+        monkeypatch.undo()
+        assert all(layer.ready is None for layer in boft.inject.boft_layers(model).values())
+        return [p.detach() for p in parameters] + [p.grad for p in parameters], stacks
+
+    alone, none = trained(False)
+    together, stacks = trained(True)
+    # The first call finds out that every layer rotates its weight; from then on the three alike go together.
+    assert none == [] and stacks == [3] * 7
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-2 if autocast else 1e-5)
+
+
+def test_a_layer_called_by_itself_takes_nothing_that_was_made_for_the_model():
+    model = Small()
+    boft.add_adapter(model, boft.BOFTConfig(m=2, b=4, target_modules=["first", "second", "third"]))
+    x = torch.randn(40, 16)
+    for _ in range(2):
+        model(x).backward()
+    model.zero_grad()
+    for _ in range(2):
+        model.first(x).sum().backward()
+    assert model.first.adapters["default"].skew.grad.abs().sum() > 0
+    assert model.second.adapters["default"].skew.grad is None
+
+
+def test_removing_the_last_adapter_takes_the_hooks_along():
+    model = Small()
+    before = dict(model.__dict__)
+    boft.add_adapter(model, boft.BOFTConfig(m=2, b=4, target_modules="all-linear"))
+    assert model._forward_pre_hooks and model._forward_hooks
+    copy.deepcopy(model)(torch.randn(40, 16)).backward()
+    boft.remove_adapter(model)
+    assert not model._forward_pre_hooks and not model._forward_hooks
+    assert model.__dict__.keys() == before.keys()
 
 
 def test_three_by_three_kernels_rotate_the_weight():
