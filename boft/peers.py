@@ -26,7 +26,7 @@ _PEERS, _HANDLES = "_boft_peers", "_boft_handles"
 
 # Numbers in a stack at most. On a CPU larger ones leave the caches; on a GPU they fill it.
 _MOST_BLOCKS = {"cpu": 1 << 19}
-_MOST_COLUMNS = {"cpu": 1 << 22}
+_MOST_COLUMNS = {"cpu": 1 << 20}
 _MOST_ELSEWHERE = 1 << 26
 
 
