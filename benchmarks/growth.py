@@ -41,13 +41,13 @@ def side_costs(d: int, tokens: int, repeats: int) -> dict:
     for side in (True, False):
         actions["input" if side else "weight"] = _step(layer, x, side)
     actions["frozen"] = _step(nn.Linear(d, d).requires_grad_(False), x)
-    costs = _side_by_side(actions, repeats)
+    costs = side_by_side(actions, repeats)
     return {"d": d, "tokens": tokens, "chosen": "input" if chosen else "weight", **costs}
 
 
 def factor_costs(d: int, m: int, repeats: int) -> dict:
     """Milliseconds of a step at 256 tokens with m factors of r = 128 blocks."""
-    costs = _side_by_side({"step": _step(_layer(d, m, WIDE_BLOCKS), torch.randn(1, 256, d))}, repeats)
+    costs = side_by_side({"step": _step(_layer(d, m, WIDE_BLOCKS), torch.randn(1, 256, d))}, repeats)
     return {"d": d, "m": m, **costs}
 
 
@@ -74,7 +74,7 @@ def _step(layer: nn.Module, x: Tensor, rotate_input: bool | None = None) -> Call
     return step
 
 
-def _side_by_side(actions: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+def side_by_side(actions: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
     """Median milliseconds of each, taken in turns after two rounds that do not count."""
     times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(repeats + 2):

@@ -4,6 +4,7 @@
     python -m benchmarks.speed                    # every method and UNet, smaller settings; on two cores, an hour or so
     python -m benchmarks.speed --preset gpu       # 512 px, batch 1 and 4, bf16, with and without checkpointing
     python -m benchmarks.speed --preset growth    # one layer: widths, factors and tokens; which side is cheaper
+    python -m benchmarks.speed --preset parts     # what one layer's step is made of, the fast way and the plain one
 
 Every measurement runs in a process of its own, and the methods take turns: in each round every method is measured once,
 and its ratio is taken to LoRA in the same round, so that a machine that slows down slows both. Shown are the median
@@ -26,7 +27,7 @@ import matplotlib
 import torch
 from tqdm import tqdm
 
-from benchmarks import growth
+from benchmarks import growth, parts
 from benchmarks.methods import METHODS, OURS, require_packages
 from benchmarks.worker import UNETS
 from boft.errors import BOFTError
@@ -81,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.preset == "growth":
             growth.run(arguments.json, arguments.plot, arguments.steps or 9)
             return
+        if arguments.preset == "parts":
+            parts.run(arguments.json, arguments.steps or 21)
+            return
         rows = summarise(measure(arguments))
         print(markdown(rows))
         if arguments.json is not None:
@@ -96,7 +100,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", choices=[*PRESETS, "growth"], default="cpu")
+    parser.add_argument("--preset", choices=[*PRESETS, "growth", "parts"], default="cpu")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--unet", nargs="+", choices=[*UNETS, "pocket"])
     parser.add_argument("--resolution", nargs="+", type=int, help="pixels")

@@ -263,9 +263,8 @@ class BOFTLayer(nn.Module):
 
     def columns(self) -> Tensor:
         """The base weight as columns [d, n], to be rotated."""
-        columns = self.base_weight.flatten(1).t().to(self.rotation_dtype)
-        # In training the copy is spared. Otherwise all ways to W' shall be the same products, and so the same bits.
-        return columns if self.training and torch.is_grad_enabled() else columns.contiguous()
+        # Laid out as in a stack of several layers, so that all ways to W' are the same products, and the same bits.
+        return self.base_weight.flatten(1).t().to(self.rotation_dtype).contiguous()
 
     def finished(self, rotated: Tensor, adapters: list[ButterflyAdapter]) -> tuple[Tensor, Tensor | None]:
         """(W', bias') of the weight [n, d] that all adapters have rotated, and all but the last have scaled."""

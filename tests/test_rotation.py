@@ -267,8 +267,8 @@ def test_weights_rotated_together_train_as_those_rotated_alone(scale, autocast, 
     together, stacks = trained(True)
     # The first call finds out that every layer rotates its weight; from then on the three alike go together.
     assert none == [] and stacks == [3] * 7
-    for one, other in zip(together, alone, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-2 if autocast else 1e-5)
+    # Bit for bit: a resumed run, whose first call knows of nothing yet, ends as one that was never stopped.
+    assert all(map(torch.equal, together, alone))
 
 
 def test_a_layer_called_by_itself_takes_nothing_that_was_made_for_the_model():
