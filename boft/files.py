@@ -24,6 +24,8 @@ def why_no_file(path: str | os.PathLike) -> str | None:
     """
     try:
         mode = os.stat(path).st_mode
+        if stat.S_ISREG(mode):
+            os.close(os.open(path, os.O_RDONLY))  # safetensors says of a file that may not be read that there is none
     except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a name with a NUL
         broken = " (the link leads nowhere)" if os.path.islink(path) else ""
         return f"there is no file '{path}'{broken}"

@@ -71,7 +71,7 @@ def _rotated(weight: Tensor, parts: Mapping[str, Tensor], what: str) -> Tensor:
             raise BOFTError(f"{what}: {part} has shape {tuple(parts[part].shape)}, where {size} numbers would fit")
     blocks, rows = parts["oft_blocks"], weight.flatten(1).float()
     is_oft = blocks.dim() == 3
-    blocks = blocks[None] if is_oft else blocks
+    blocks = blocks if blocks.dim() == 4 else blocks[None]
     n, m, b = len(rows), len(blocks), blocks.shape[-1]
     if blocks.dim() != 4 or blocks.shape[2] != b or blocks.shape[1] * b != n or not (is_oft or b % 2 == 0):
         raise BOFTError(f"{what}: oft_blocks of shape {tuple(parts['oft_blocks'].shape)} do not fit {n} outputs")
