@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import reprlib
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from boft.adapter_config import BOFTConfig
 from boft.control import ControlHead, attach_head, check_head, heads_of
 from boft.download import local_adapter
 from boft.errors import BOFTError
+from boft.files import header_of, opened, read_text, why_no_file
 from boft.layers import ButterflyAdapter, layer_width
 from boft.targets import Target, components_of
 
@@ -49,7 +51,12 @@ _CONFIG_KEYS = {
 }
 _LAYER_KEYS = {"kind": str, "m": int, "r": int, "b": int, "in": int, "out": int}
 _HEAD_KEYS = {"kind": str, "out_channels": int, "downscale": int}
+_KINDS = ("linear", "conv2d")
 _READABLE_DTYPES = ("F32", "F16", "BF16")
+# Wider than any layer, and small enough that no count of a tensor's elements overflows.
+_MOST_FEATURES = 2**24
+# Beyond it 1 + q is q in float32, so that (I - Q)(I + Q)⁻¹ is no rotation any more, nor always finite.
+_LARGEST = 2.0**24
 
 
 def save_adapter(
@@ -99,11 +106,11 @@ def write_adapter(
     JSON-able, or the directory cannot be written.
     """
     tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
-    _require_finite(tensors, "the adapter cannot be saved")
+    require_sound(tensors, "the adapter cannot be saved")
     made_by = {"format": FORMAT, "format_version": FORMAT_VERSION, "boft_version": boft.__version__}
     try:
         text = json.dumps({**made_by, **config, **made_by}, indent=2, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise BOFTError(f"base_model, prompts, step and extra must be JSON-able: {error}") from None
     directory = Path(directory)
     try:
@@ -141,6 +148,9 @@ def load_adapter(
         inject.require_free_name(target, name)
     inject.require_unmerged(target, f"loading adapter '{name}'")
     scale = getattr(target, "vae_scale_factor", None)
+    for component, module in components.items():
+        targets = [key.removeprefix(f"{component}.") for key in config["layers"] if key.startswith(f"{component}.")]
+        inject.require_no_head_over(module, targets, apart_from=name)
     adapters, heads = _build_adapters(components, config, tensors, path, scale)
     if heads and isinstance(getattr(target, "unet", None), nn.Module) and not isinstance(target, nn.Module | Mapping):
         # What pipelines need, numpy and Pillow, is not loaded with a bare model.
@@ -175,6 +185,22 @@ def read_adapter(source: str | os.PathLike) -> tuple[dict[str, Any], dict[str, T
     BOFTError for whatever `load_adapter` would refuse in the file itself.
     """
     path, config = _open_adapter(source)
+    return config, _read_tensors(path, _described_shapes(config, path))
+
+
+def check_headers(source: str | os.PathLike) -> dict[str, Any]:
+    """The checked config of an adapter whose file holds just the tensors that it describes; their values are not read.
+
+    BOFTError for whatever `read_adapter` would refuse, but values that are not finite.
+    """
+    path, config = _open_adapter(source)
+    with opened(path) as file:
+        _require_shapes(path, file, _described_shapes(config, path))
+    return config
+
+
+def _described_shapes(config: Mapping[str, Any], path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a checked config describes, by key."""
     shapes = {}
     for key, entry in config["layers"].items():
         settings = BOFTConfig.from_dict(config["config"][key.split(".", 1)[0]])
@@ -182,7 +208,7 @@ def read_adapter(source: str | os.PathLike) -> tuple[dict[str, Any], dict[str, T
     for component, entry in config["control"].items():
         head = _described_head(entry, path)
         shapes |= {_head_key(component, part): tuple(p.shape) for part, p in head.named_parameters()}
-    return config, _read_tensors(path, shapes)
+    return shapes
 
 
 def _adapter_parts(
@@ -231,13 +257,19 @@ def _head_key(component: str, part: str) -> str:
 
 def kind_of(layer: nn.Module) -> str:
     """What an adapter's config calls a base layer of this class."""
-    return "conv2d" if isinstance(layer, nn.Conv2d) else "linear"
+    return _KINDS[isinstance(layer, nn.Conv2d)]
 
 
-def _require_finite(tensors: Mapping[str, Tensor], prefix: str) -> None:
+def require_sound(tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """BOFTError, opening with `prefix`, for a tensor that is not finite, or of values that float32 cannot rotate by."""
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise BOFTError(f"{prefix}: tensor '{key}' has values that are not finite")
+        if (largest := float(tensor.abs().max())) > _LARGEST:
+            raise BOFTError(
+                f"{prefix}: tensor '{key}' has values up to {largest:.1e}, beyond {_LARGEST:.1e}, of which float32 "
+                "makes no rotation"
+            )
 
 
 @contextmanager
@@ -260,9 +292,9 @@ def written_whole(path: Path) -> Iterator[Path]:
 def _open_adapter(source: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
     """The weights file and the checked config of a directory or of a lone .safetensors file."""
     source = Path(source)
-    path = source / WEIGHTS_NAME if source.is_dir() else source
-    if not path.is_file():
-        raise BOFTError(f"'{source}' is no adapter: there is no file '{path}'")
+    path = source / WEIGHTS_NAME if os.path.isdir(source) else source
+    if reason := why_no_file(path):
+        raise BOFTError(f"'{source}' is no adapter: {reason}")
     embedded = _embedded_config(path)
     if path == source:
         if embedded is None:
@@ -290,27 +322,20 @@ def _open_for(
 
 
 def _embedded_config(path: Path) -> dict[str, Any] | None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-    except (SafetensorError, OSError) as error:
-        raise BOFTError(f"'{path}' is no readable safetensors file: {error}") from None
+    with opened(path) as file:
+        text = (file.metadata() or {}).get(METADATA_KEY)
     return None if text is None else _parse(text, path)
 
 
 def _json_file(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise BOFTError(f"'{path}' is missing: an adapter directory holds {WEIGHTS_NAME} and {CONFIG_NAME}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BOFTError(f"'{path}' cannot be read: {error}") from None
-    return _parse(text, path)
+    if not os.path.lexists(path):
+        raise BOFTError(f"'{path}' is missing: an adapter directory holds {WEIGHTS_NAME} and {CONFIG_NAME}")
+    return _parse(read_text(path), path)
 
 
 def _parse(text: str, path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(text)
+        config = json.loads(text, object_pairs_hook=_unambiguous)
     except (ValueError, RecursionError) as error:
         raise BOFTError(f"the adapter config in '{path}' is not valid JSON: {error}") from None
     if not isinstance(config, dict):
@@ -318,18 +343,31 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
     return config
 
 
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which readers would take one or the other of two entries of one name."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the entry '{next(name for name in names if names.count(name) > 1)}' is there twice")
+    return entries
+
+
 def _check_config(config: dict[str, Any], path: Path) -> None:
     """BOFTError unless the config is one of ours, of a version known here, and consistent in itself."""
     if config.get("format") != FORMAT:
-        raise BOFTError(f"'{path}' is no BOFT adapter config: its format is {config.get('format')!r}, not '{FORMAT}'")
+        raise BOFTError(
+            f"'{path}' is no BOFT adapter config: its format is {reprlib.repr(config.get('format'))}, not '{FORMAT}'"
+        )
     if (version := config.get("format_version")) not in READABLE_VERSIONS:
         known = ", ".join(map(str, READABLE_VERSIONS))
-        raise BOFTError(f"'{path}' has format version {version!r}; this version of boft reads {known}")
+        raise BOFTError(f"'{path}' has format version {reprlib.repr(version)}; this version of boft reads {known}")
     if version == 1:
         config.setdefault("control", {})
     for key, kinds in _CONFIG_KEYS.items():
         if key not in config or not isinstance(config[key], kinds):
             raise BOFTError(f"'{path}': the entry '{key}' is missing or of the wrong type")
+    if not all(isinstance(prompt, str) for prompt in config["prompts"]):
+        raise BOFTError(f"'{path}': the entry 'prompts' holds something else than texts")
     settings = {key: _component_settings(key, values, path) for key, values in config["config"].items()}
     for layer, entry in config["layers"].items():
         _check_layer(layer, entry, settings, path)
@@ -345,6 +383,7 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
             )
         if not isinstance(entry, dict) or any(type(entry.get(key)) is not kind for key, kind in _HEAD_KEYS.items()):
             raise BOFTError(f"'{path}': the control head of '{component}' needs the entries {', '.join(_HEAD_KEYS)}")
+        _require_size("out_channels", entry, f"'{path}': the control head of '{component}'")
         if f"{component}.conv_in" in config["layers"]:
             raise BOFTError(f"'{path}' adapts '{component}.conv_in', to whose output its control head adds")
 
@@ -359,15 +398,24 @@ def _component_settings(component: str, values: Any, path: Path) -> BOFTConfig:
 
 
 def _check_layer(layer: str, entry: Any, settings: Mapping[str, BOFTConfig], path: Path) -> None:
-    component = layer.split(".", 1)[0]
-    if component not in settings or "." not in layer:
+    component, _, name = layer.partition(".")
+    if component not in settings or not name:
         raise BOFTError(f"'{path}': layer '{layer}' belongs to no component of {', '.join(settings)}")
     if not isinstance(entry, dict) or any(type(entry.get(key)) is not kind for key, kind in _LAYER_KEYS.items()):
         raise BOFTError(f"'{path}': layer '{layer}' needs the entries {', '.join(_LAYER_KEYS)}")
+    if entry["kind"] not in _KINDS:
+        raise BOFTError(f"'{path}': layer '{layer}' is of kind '{entry['kind']}', not {' or '.join(_KINDS)}")
+    for key in ("in", "out"):
+        _require_size(key, entry, f"'{path}': layer '{layer}'")
     config, d = settings[component], entry["in"]
     if not config.fits(d) or (entry["m"], entry["b"], entry["r"] * entry["b"]) != (config.m, config.block_size(d), d):
         numbers = ", ".join(f"{key}={entry[key]}" for key in ("m", "r", "b", "in"))
         raise BOFTError(f"'{path}': layer '{layer}' ({numbers}) contradicts the settings of component '{component}'")
+
+
+def _require_size(key: str, entry: Mapping[str, Any], what: str) -> None:
+    if not 1 <= entry[key] <= _MOST_FEATURES:
+        raise BOFTError(f"{what} has {key}={reprlib.repr(entry[key])}; 1 to {_MOST_FEATURES} would do")
 
 
 def _matching_components(components: dict[str, nn.Module], config: dict[str, Any], path: Path) -> dict[str, nn.Module]:
@@ -474,25 +522,26 @@ def require_same_layer(base: nn.Module, key: str, entry: Mapping[str, Any], path
         )
 
 
+def _require_shapes(path: Path, file: safe_open, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """BOFTError unless the open file holds exactly the tensors named, of these shapes and of a dtype of ours."""
+    present = set(file.keys())
+    for key in (*shapes, *sorted(present)):
+        if key not in present:
+            raise BOFTError(f"'{path}' lacks tensor '{key}'")
+        if key not in shapes:
+            raise BOFTError(f"'{path}' has a tensor '{key}' that its config does not describe")
+        dtype, shape = header_of(file, key)
+        if dtype not in _READABLE_DTYPES:
+            raise BOFTError(f"'{path}': tensor '{key}' is {dtype}, not {', '.join(_READABLE_DTYPES)}")
+        if shape != shapes[key]:
+            raise BOFTError(f"'{path}': tensor '{key}' has shape {shape} instead of {shapes[key]}")
+
+
 def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Exactly the tensors named, float32, of these shapes and finite, or a BOFTError that names the one at fault."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            present = set(file.keys())
-            for key in (*shapes, *sorted(present)):
-                if key not in present:
-                    raise BOFTError(f"'{path}' lacks tensor '{key}'")
-                if key not in shapes:
-                    raise BOFTError(f"'{path}' has a tensor '{key}' that its config does not describe")
-                header = file.get_slice(key)
-                dtype, shape = header.get_dtype(), tuple(header.get_shape())
-                if dtype not in _READABLE_DTYPES:
-                    raise BOFTError(f"'{path}': tensor '{key}' is {dtype}, not {', '.join(_READABLE_DTYPES)}")
-                if shape != shapes[key]:
-                    raise BOFTError(f"'{path}': tensor '{key}' has shape {shape} instead of {shapes[key]}")
-            # Copies: a tensor of a mapped file would change or vanish with it.
-            tensors = {key: file.get_tensor(key).to(torch.float32, copy=True) for key in shapes}
-    except (SafetensorError, OSError) as error:
-        raise BOFTError(f"'{path}' is no readable safetensors file: {error}") from None
-    _require_finite(tensors, f"'{path}' is broken")
+    """Exactly the tensors named, float32, of these shapes and sound, or a BOFTError that names the one at fault."""
+    with opened(path) as file:
+        _require_shapes(path, file, shapes)
+        # Copies: a tensor of a mapped file would change or vanish with it.
+        tensors = {key: file.get_tensor(key).to(torch.float32, copy=True) for key in shapes}
+    require_sound(tensors, f"'{path}' is broken")
     return tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,16 +44,17 @@ class BOFTConfig:
     def __post_init__(self) -> None:
         _require_count("m", self.m)
         if (self.r is None) == (self.b is None):
-            raise BOFTError(f"give exactly one of r (number of blocks) and b (block size), not r={self.r}, b={self.b}")
+            r, b = reprlib.repr(self.r), reprlib.repr(self.b)
+            raise BOFTError(f"give exactly one of r (number of blocks) and b (block size), not r={r}, b={b}")
         _require_count(*(("b", self.b) if self.r is None else ("r", self.r)))
         for key in ("p1", "p2"):
             share = getattr(self, key)
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-                raise BOFTError(f"{key} must be a share from 0 to 1, not {share!r}")
+                raise BOFTError(f"{key} must be a share from 0 to 1, not {reprlib.repr(share)}")
         if not isinstance(self.scale, bool):
-            raise BOFTError(f"scale must be true or false, not {self.scale!r}")
+            raise BOFTError(f"scale must be true or false, not {reprlib.repr(self.scale)}")
         if self.bias not in BIASES:
-            raise BOFTError(f"bias must be one of {', '.join(BIASES)}, not {self.bias!r}")
+            raise BOFTError(f"bias must be one of {', '.join(BIASES)}, not {reprlib.repr(self.bias)}")
         object.__setattr__(self, "target_modules", _target_modules(self.target_modules))
 
     def block_size(self, d: int) -> int:
@@ -83,14 +85,15 @@ class BOFTConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
-                raise BOFTError(f"unknown BOFT setting {key!r}; the closest known one is {close!r}")
+                shown = reprlib.repr(key)  # of a hostile file, of any length
+                close = difflib.get_close_matches(shown.strip("'"), known, n=1, cutoff=0)[0]
+                raise BOFTError(f"unknown BOFT setting {shown}; the closest known one is {close!r}")
         return cls(**values)
 
 
 def _require_count(key: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise BOFTError(f"{key} must be a whole number of at least 1, not {value!r}")
+        raise BOFTError(f"{key} must be a whole number of at least 1, not {reprlib.repr(value)}")
 
 
 def _target_modules(value: Any) -> tuple[str, ...] | str:
@@ -98,4 +101,4 @@ def _target_modules(value: Any) -> tuple[str, ...] | str:
         return value
     if isinstance(value, list | tuple | set) and value and all(isinstance(item, str) and item for item in value):
         return tuple(sorted(value) if isinstance(value, set) else value)
-    raise BOFTError(f"target_modules must be module names or a regular expression, not {value!r}")
+    raise BOFTError(f"target_modules must be module names or a regular expression, not {reprlib.repr(value)}")

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from boft.errors import BOFTError
+from boft.files import why_no_file
 
 
 def local_adapter(source: str | os.PathLike, revision: str | None = None) -> Path:
@@ -16,7 +17,7 @@ def local_adapter(source: str | os.PathLike, revision: str | None = None) -> Pat
     for one that cannot be fetched or holds no adapter; a path that is not there is left for the reader to name.
     """
     path = Path(source)
-    if path.exists() or not may_be_on_the_hub(str(source)):
+    if os.path.lexists(path) or not may_be_on_the_hub(str(source)):
         if revision is not None:
             raise BOFTError(f"revision {revision!r} goes with an adapter on the Hub; '{source}' is a local path")
         return path
@@ -34,11 +35,11 @@ def local_adapter(source: str | os.PathLike, revision: str | None = None) -> Pat
         raise BOFTError(
             f"'{source}' is no adapter here: there is no such folder; fetching {name} from the Hub failed: {reason}"
         ) from error
-    if missing := [file for file in files if not (folder / file).is_file()]:
+    if missing := [file for file in files if why_no_file(folder / file)]:
         raise BOFTError(f"{name} on the Hub is no adapter: it has no {missing[0]}")
     return folder
 
 
 def may_be_on_the_hub(name: str) -> bool:
     """Whether a name that is no local path can be `owner/name`; a path whose folder is here cannot."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not Path(name).parent.is_dir()
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not os.path.isdir(Path(name).parent)

@@ -89,8 +89,7 @@ def find_targets(model: nn.Module, config: BOFTConfig) -> dict[str, nn.Module]:
 def attach(model: nn.Module, adapters: Mapping[str, ButterflyAdapter], name: str) -> None:
     """Put ready-made adapters, by dotted layer name, under one adapter name, and make that the active one."""
     require_free_name(model, name)
-    if heads_of(model) and "conv_in" in adapters:
-        raise BOFTError("layer 'conv_in' cannot be adapted under a control head, which adds to its output")
+    require_no_head_over(model, adapters)
     modules = outer_modules(model)
     layers = {target: modules[target] for target in adapters}
     wrapped = {target: layer if isinstance(layer, BOFTLayer) else wrap(layer) for target, layer in layers.items()}
@@ -119,6 +118,13 @@ def require_free_name(model: Target, name: str) -> None:
     require_unmerged(model, f"adding adapter '{name}'")
     if name in adapter_names(model):
         raise BOFTError(f"the model already has an adapter named '{name}': remove it or choose another name")
+
+
+def require_no_head_over(model: nn.Module, targets: Collection[str], apart_from: str | None = None) -> None:
+    """BOFTError where a control head, other than that of the adapter `apart_from`, adds to a layer to be adapted."""
+    heads = heads_of(model)
+    if heads and "conv_in" in targets and set(heads.heads) - {apart_from}:
+        raise BOFTError("layer 'conv_in' cannot be adapted under a control head, which adds to its output")
 
 
 def remove_adapter(model: Target, name: str = "default") -> None:

@@ -337,7 +337,7 @@ BAD_FILES = {
     "settings a list": (edit_config(lambda c: c["config"].update(unet=[])), "settings of component 'unet' are not"),
     "m contradicts": (edit_layer(m=3), r"'unet.block.to_q' \(m=3, r=4, b=4, in=16\) contradicts the settings"),
     "a hostile m": (edit_config(lambda c: c["config"]["unet"].update(m=10**12)), "contradicts the settings"),
-    "a hostile width": (edit_layer(**{"in": 4 * 10**300, "b": 10**300}), "this model's is linear, 16 and 16"),
+    "a hostile width": (edit_layer(**{"in": 4 * 10**300, "b": 10**300}), r"has in=40+\.\.\.0+; 1 to 16777216 would"),
     "a layer entry short": (edit_layer(b=None), "'unet.block.to_q' needs the entries kind, m, r, b, in, out"),
     "a float width": (edit_layer(r=4.0), "'unet.block.to_q' needs the entries kind"),
     "another width": (

@@ -17,4 +17,6 @@ def run(arguments: argparse.Namespace) -> None:
     from boft.formats.report import inspect, readable
 
     report = inspect(arguments.source)
-    print(json.dumps(report, indent=2, ensure_ascii=False) if arguments.json else readable(report))
+    text = json.dumps(report, indent=2, ensure_ascii=False) if arguments.json else readable(report)
+    # A path or a prompt may hold a lone surrogate, which no terminal takes and JSON escapes in this very way.
+    print(text.encode(errors="backslashreplace").decode())

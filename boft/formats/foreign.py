@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from boft import inject
-from boft.adapter import kind_of, require_same_layer
+from boft.adapter import kind_of, require_same_layer, require_sound
 from boft.adapter_config import BOFTConfig
 from boft.butterfly import fits, skew_matrix
 from boft.errors import BOFTError
+from boft.files import FLOATS, header_of, opened
 from boft.formats import names
+from boft.layers import layer_width
 
 # The safetensors metadata, and the file of a merged directory, that say what an export was made of.
 ORIGIN_KEY, ORIGIN_FILE = "boft_origin", "boft_origin.json"
@@ -118,7 +119,12 @@ class Foreign:
             if not found:
                 owner = type(module).__name__
                 raise BOFTError(f"'{self.path}' adapts layer '{name}' of '{component}', which {owner} does not have")
-        return {name: spelled[name][0] for name in layers}
+        resolved = {name: spelled[name][0] for name in layers}
+        owners = {own: name for name, own in resolved.items()}
+        for name, own in resolved.items():
+            if owners[own] != name:
+                raise BOFTError(f"'{self.path}' adapts layer '{own}' twice, as '{name}' and as '{owners[own]}'")
+        return resolved
 
     def _entry(self, key: str, layer: ForeignLayer, base: nn.Module | None) -> dict[str, Any]:
         """The layer's geometry as our config holds it; it must be that of the base layer, where there is one."""
@@ -126,7 +132,7 @@ class Foreign:
         sizes = [len(tensor) for tensor in (layer.scale, layer.base_bias) if tensor is not None]
         if not sizes and base is None:
             raise BOFTError(f"'{self.path}': layer '{key}' does not tell its number of outputs: give --base_model")
-        n = sizes[0] if sizes else base.weight.shape[0]
+        n = sizes[0] if sizes else layer_width(key, base)[1]
         if any(size != n for size in sizes):
             raise BOFTError(
                 f"'{self.path}': the scale and the bias of layer '{key}' differ in size, {n} and {sizes[1]}"
@@ -158,25 +164,27 @@ class Foreign:
 
 def file_header(path: Path) -> tuple[list[str], dict[str, str]]:
     """The keys and the metadata of a safetensors file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys()), file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise BOFTError(f"'{path}' is no readable safetensors file: {error}") from None
+    with opened(path) as file:
+        return list(file.keys()), file.metadata() or {}
 
 
 def read_floats(path: Path, keys: Iterable[str]) -> dict[str, Tensor]:
-    """Tensors by key, float32 copies; BOFTError for one that is not of floating point or not finite."""
+    """Tensors by key, float32 copies; BOFTError for one that is not of floating point, empty or not sound."""
     tensors = {}
-    with safe_open(path, framework="pt") as file:
+    with opened(path) as file:
         for key in keys:
-            tensor = file.get_tensor(key)
-            if not tensor.is_floating_point():
-                raise BOFTError(f"'{path}': tensor '{key}' is {tensor.dtype}, not of floating point")
-            if not torch.isfinite(tensor).all():
-                raise BOFTError(f"'{path}' is broken: tensor '{key}' has values that are not finite")
-            tensors[key] = tensor.to(torch.float32, copy=True)
+            require_floats(path, key, *header_of(file, key))
+            tensors[key] = file.get_tensor(key).to(torch.float32, copy=True)
+    require_sound(tensors, f"'{path}' is broken")
     return tensors
+
+
+def require_floats(path: Path, key: str, dtype: str, shape: tuple[int, ...]) -> None:
+    """BOFTError for a tensor's header that no part of an adapter has."""
+    if dtype not in FLOATS:
+        raise BOFTError(f"'{path}': tensor '{key}' is {dtype}, not {', '.join(FLOATS)}")
+    if 0 in shape or len(shape) > 4:
+        raise BOFTError(f"'{path}': tensor '{key}' has shape {shape}, which no part of an adapter has")
 
 
 def origin_text(config: Mapping[str, Any]) -> str:
@@ -192,19 +200,32 @@ def origin_of(metadata: Mapping[str, str]) -> dict[str, Any]:
         origin = {}
     kinds = {"base_model": str, "prompts": list, "step": int, "config": dict, "extra": dict}
     known = origin.items() if isinstance(origin, dict) else ()
-    return {key: value for key, value in known if key in kinds and isinstance(value, kinds[key])}
+    found = {key: value for key, value in known if key in kinds and isinstance(value, kinds[key])}
+    if not all(isinstance(prompt, str) for prompt in found.get("prompts", ())):
+        del found["prompts"]
+    return found
 
 
 def foreign_layer(squares: Tensor, scale: Tensor | None, what: str, **more: Any) -> ForeignLayer:
     """From `boft_R` [m, r, b, b] and `boft_s` of n elements; BOFTError, opening with `what`, for a bad shape."""
-    if squares.dim() != 4 or squares.shape[2] != squares.shape[3]:
-        raise BOFTError(f"{what}: boft_R has shape {tuple(squares.shape)} instead of [m, r, b, b]")
-    m, r, b = squares.shape[:3]
-    if not fits(r * b, m, b):
-        raise BOFTError(f"{what}: m={m} factors of r={r} blocks of size b={b} are no butterfly")
+    b = require_butterfly(tuple(squares.shape), f"{what}: boft_R")
+    if scale is not None and scale.numel() != max(scale.shape, default=0):
+        raise BOFTError(f"{what}: boft_s has shape {tuple(scale.shape)} instead of [outputs, 1] or [1, outputs]")
+    if (bias := more.get("base_bias")) is not None and bias.dim() != 1:
+        raise BOFTError(f"{what}: its bias has shape {tuple(bias.shape)} instead of [outputs]")
     row, column = torch.triu_indices(b, b, offset=1)
     skew = 0.5 * (squares - squares.mT)[..., row, column]
     return ForeignLayer(skew, b, None if scale is None else scale.flatten(), **more)
+
+
+def require_butterfly(shape: tuple[int, ...], what: str) -> int:
+    """b of squares [m, r, b, b]; BOFTError, opening with `what`, for a shape that is none of a butterfly's."""
+    if len(shape) != 4 or shape[2] != shape[3]:
+        raise BOFTError(f"{what} has shape {shape} instead of [m, r, b, b]")
+    m, r, b, _ = shape
+    if not fits(r * b, m, b):
+        raise BOFTError(f"{what} has m={m} factors of r={r} blocks of size b={b}, which are no butterfly")
+    return b
 
 
 def refuse_parts(config: Mapping[str, Any], tensors: Mapping[str, Tensor], place: str, *, bias: bool = False) -> None:
@@ -231,12 +252,20 @@ def paper_parts(key: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor
 
 def grouped(path: Path, keys: Iterable[str], pattern: re.Pattern) -> dict[str, dict[str, Tensor]]:
     """Tensors by layer (all groups of the pattern but the last, joined by a space) and by part, the last group."""
-    layers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in read_floats(path, keys).items():
+    places: dict[str, tuple[str, str]] = {}
+    for key in keys:
         if not (match := pattern.fullmatch(key)):
             raise BOFTError(f"'{path}' has a tensor '{key}', which such a BOFT adapter does not have")
         *layer, part = match.groups()
-        layers.setdefault(" ".join(layer), {})[part] = tensor
+        places[key] = " ".join(layer), part
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in read_floats(path, keys).items():
+        layer, part = places[key]
+        if part in layers.setdefault(layer, {}):
+            raise BOFTError(f"'{path}' holds {part} of layer '{layer}' twice, once as '{key}'")
+        layers[layer][part] = tensor
+    if not layers:
+        raise BOFTError(f"'{path}' holds no tensor")
     for layer, parts in layers.items():
         if "boft_R" not in parts:
             raise BOFTError(f"'{path}' lacks the rotation boft_R of layer '{layer}'")

@@ -40,10 +40,12 @@ def read(path: Path) -> Foreign:
     for layer, parts in grouped(path, keys, KEY).items():
         prefix, name = layer.split(" ")
         by_name = layers.setdefault(names.COMPONENT_OF_PREFIX[prefix], {})
+        if name in by_name:
+            raise BOFTError(f"'{path}' holds layer '{name}' twice, once as '{prefix}_{name}'")
         by_name[name] = foreign_layer(parts["boft_R"], parts.get("boft_s"), f"'{path}': layer '{prefix}_{name}'")
     origin = origin_of(metadata)
-    if metadata.get("ss_steps", "").isdecimal():
-        origin.setdefault("step", int(metadata["ss_steps"]))
+    if re.fullmatch(r"\d{1,18}", steps := metadata.get("ss_steps", "")):
+        origin.setdefault("step", int(steps))
     if model := metadata.get("ss_sd_model_name"):
         origin.setdefault("base_model", model)
     return Foreign(path, layers, origin, underscored=True)

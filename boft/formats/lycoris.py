@@ -29,21 +29,25 @@ def apply(path: Path, components: Mapping[str, nn.Module]) -> None:
     BOFTError, before anything is changed, for a layer that the components lack or whose dimensions do not fit, or a
     file that holds anything else.
     """
-    changed: list[tuple[nn.Module, Tensor]] = []
-    for layer, parts in _layers(path).items():
-        prefix, name = layer
+    changed: dict[nn.Module, Tensor] = {}
+    for (prefix, name), parts in _layers(path).items():
         base = _base_layer(path, prefix, name, components)
-        changed.append((base, _rotated(base.weight.detach(), parts, f"'{path}': layer '{prefix}_{name}'")))
-    for base, weight in changed:
+        if base in changed:
+            raise BOFTError(f"'{path}' adapts a layer twice, once as '{prefix}_{name}'")
+        changed[base] = _rotated(base.weight.detach(), parts, f"'{path}': layer '{prefix}_{name}'")
+    for base, weight in changed.items():
         base.weight.data = weight
 
 
 def _layers(path: Path) -> dict[tuple[str, str], dict[str, Tensor]]:
-    layers: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for key, tensor in read_floats(path, file_header(path)[0]).items():
-        if not (match := _KEY.fullmatch(key)):
+    keys = file_header(path)[0]
+    for key in keys:
+        if not _KEY.fullmatch(key):
             raise BOFTError(f"'{path}' has a tensor '{key}', which is none of LyCORIS's OFT and BOFT")
-        layers.setdefault((match[1], match[2]), {})[match[3]] = tensor
+    layers: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for key, tensor in read_floats(path, keys).items():
+        prefix, name, part = _KEY.fullmatch(key).groups()
+        layers.setdefault((prefix, name), {})[part] = tensor
     return layers
 
 
@@ -62,9 +66,12 @@ def _rotated(weight: Tensor, parts: Mapping[str, Tensor], what: str) -> Tensor:
     """W′ in the dtype and shape of W [n, …]."""
     if "oft_blocks" not in parts:
         raise BOFTError(f"{what} lacks its oft_blocks")
+    for part, size in (("alpha", 1), ("rescale", len(weight))):
+        if part in parts and parts[part].numel() != size:
+            raise BOFTError(f"{what}: {part} has shape {tuple(parts[part].shape)}, where {size} numbers would fit")
     blocks, rows = parts["oft_blocks"], weight.flatten(1).float()
     is_oft = blocks.dim() == 3
-    blocks = blocks[None] if is_oft else blocks
+    blocks = blocks if blocks.dim() == 4 else blocks[None]
     n, m, b = len(rows), len(blocks), blocks.shape[-1]
     if blocks.dim() != 4 or blocks.shape[2] != b or blocks.shape[1] * b != n or not (is_oft or b % 2 == 0):
         raise BOFTError(f"{what}: oft_blocks of shape {tuple(parts['oft_blocks'].shape)} do not fit {n} outputs")

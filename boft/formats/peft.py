@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from boft import inject
 from boft.adapter import CONFIG_NAME, WEIGHTS_NAME, written_whole
 from boft.adapter_config import BOFTConfig
 from boft.errors import BOFTError
+from boft.files import read_text
 from boft.formats import names
 from boft.formats.foreign import (
     Foreign,
@@ -47,8 +50,8 @@ def directories(source: Path) -> dict[str | None, Path]:
 def _settings(directory: Path) -> dict[str, Any]:
     """PEFT's config in a directory, empty where there is none."""
     try:
-        settings = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        settings = json.loads(read_text(directory / CONFIG_NAME))
+    except (ValueError, RecursionError):  # among them BOFTError, of a file that is missing or cannot be read
         return {}
     return settings if isinstance(settings, dict) and "peft_type" in settings else {}
 
@@ -60,11 +63,12 @@ def places(source: Path) -> dict[str, Path]:
     """
     found = {}
     for component, place in (directories(source) or {None: source}).items():
-        path = place / WEIGHTS_NAME if place.is_dir() else place
+        path = place / WEIGHTS_NAME if os.path.isdir(place) else place
         settings = _settings(path.parent)
         if settings and settings.get("peft_type") != "BOFT":
-            raise BOFTError(f"'{place}' is a PEFT adapter of type {settings.get('peft_type')}, not BOFT")
-        if not path.is_file():
+            method = reprlib.repr(settings["peft_type"]).strip("'")
+            raise BOFTError(f"'{place}' is a PEFT adapter of type {method}, not BOFT")
+        if not os.path.lexists(path):
             raise BOFTError(f"'{place}' has no {WEIGHTS_NAME} (pickled weights are not opened)")
         keys, metadata = file_header(path)
         found[component or _component(keys, settings, origin_of(metadata))] = path
@@ -82,13 +86,21 @@ def read(source: Path) -> Foreign:
         settings = _settings(path.parent)
         for key in ("fan_in_fan_out", "modules_to_save"):
             if settings.get(key):
-                raise BOFTError(f"the PEFT config of '{path}' has {key}={settings[key]!r}, which BOFT has no place for")
+                raise BOFTError(
+                    f"the PEFT config of '{path}' has {key}={reprlib.repr(settings[key])}, which BOFT has no place for"
+                )
         keys, metadata = file_header(path)
         read = grouped(path, keys, _KEY)
         layers[component] = {name: _layer(parts, f"'{path}': layer '{name}'") for name, parts in read.items()}
         _trust_the_tensors(layers[component], settings, path.parent)
+<<<<<<< HEAD
         named = settings.get("base_model_name_or_path")
         recorded = {"base_model": named if isinstance(named, str) and named else None} | origin_of(metadata)
+=======
+        base_model = settings.get("base_model_name_or_path")
+        recorded = {"base_model": base_model if base_model and isinstance(base_model, str) else None}
+        recorded |= origin_of(metadata)
+>>>>>>> fuzz
         config = {component: _implied_config(layers[component], settings)} | recorded.get("config", {})
         origin = recorded | {"config": origin.get("config", {}) | config}
     return Foreign(source, layers, origin)
@@ -109,14 +121,14 @@ def _trust_the_tensors(layers: Mapping[str, ForeignLayer], settings: Mapping[str
             log.warning(
                 "'%s' claims %s butterfly factors and its tensors hold %d (layer '%s'): the tensors are right, as PEFT "
                 "trains one factor where its CUDA extension does not build",
-                *(directory, claimed, layer.geometry[0], name),
+                *(directory, reprlib.repr(claimed), layer.geometry[0], name),
             )
             return
 
 
 def _component(keys: Iterable[str], settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:
     """Which part of a pipeline a lone PEFT directory adapts."""
-    if len(components := list(recorded.get("config", {}))) == 1:
+    if len(components := list(recorded.get("config", {}))) == 1 and components[0].isidentifier():
         return components[0]
     mapping = settings.get("auto_mapping")
     owner = str(mapping.get("base_model_class", "")) if isinstance(mapping, dict) else ""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from boft.adapter import METADATA_KEY
 from boft.errors import BOFTError
+from boft.files import why_no_file
 from boft.formats import kohya, peft
 from boft.formats.foreign import Foreign, file_header
 
@@ -18,9 +19,9 @@ _ENDINGS = (".boft_R", ".oft_blocks", ".diff")
 def recognise(source: str | os.PathLike) -> str | None:
     """The foreign format of a file or directory, None for our own and for whatever is none of these."""
     source = Path(source)
-    if source.is_dir():
+    if os.path.isdir(source):
         return PEFT if peft.directories(source) else None
-    if source.suffix != ".safetensors" or not source.is_file():
+    if source.suffix != ".safetensors" or why_no_file(source):
         return None
     keys, metadata = file_header(source)
     if METADATA_KEY in metadata:

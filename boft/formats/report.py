@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from boft.adapter import WEIGHTS_NAME, read_adapter_config
+from boft.adapter import WEIGHTS_NAME, check_headers
 from boft.butterfly import angles, cayley, skew_matrix
-from boft.errors import BOFTError
+from boft.errors import BOFTError, printable
+from boft.files import FLOATS, header_of, opened, read_text, why_no_file
 from boft.formats import names, peft
-from boft.formats.foreign import ORIGIN_FILE, ORIGIN_KEY, file_header, origin_of
+from boft.formats.foreign import ORIGIN_FILE, ORIGIN_KEY, file_header, origin_of, require_butterfly, require_floats
 from boft.formats.recognise import CHECKPOINT, DIFFERENCE, KOHYA, LYCORIS, PEFT, recognise
 
 OURS, DIFFUSERS = "boft", "diffusers"
@@ -29,6 +30,10 @@ WHAT = {
     CHECKPOINT: "Stable Diffusion checkpoint, original layout",
     DIFFUSERS: "diffusers model",
 }
+# Eight-bit floats, of which some checkpoints are.
+_EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0")
+# More, and PyTorch computes nothing of a tensor.
+_MOST_AXES = 64
 # Float32's rounding in a block of hundreds of features stays well below.
 ORTHOGONAL = 1e-4
 
@@ -76,8 +81,8 @@ class _Component:
 def inspect(source: str | os.PathLike) -> dict[str, Any]:
     """The facts of an adapter, a weight difference or a model, JSON-able. BOFTError for what is none of these."""
     source = Path(source)
-    kind = recognise(source) or (DIFFUSERS if (source / "model_index.json").is_file() else OURS)
-    config = read_adapter_config(source) if kind == OURS else {}
+    kind = recognise(source) or (DIFFUSERS if os.path.isfile(source / "model_index.json") else OURS)
+    config = check_headers(source) if kind == OURS else {}
     report: dict[str, Any] = {"path": str(source), "format": kind, "what": WHAT[kind], "control": {}}
     report |= {key: config[key] for key in ("base_model", "prompts", "step", "control") if key in config}
     report |= {"tensors": 0, "parameters": 0}
@@ -86,12 +91,14 @@ def inspect(source: str | os.PathLike) -> dict[str, Any]:
     for place, path in _files(source, kind):
         if kind != OURS:
             report |= _origin(path, source)
-        for key, tensor in _tensors(path):
+        for key, size, tensor in _tensors(path, is_adapter=kind in (OURS, PEFT, KOHYA, LYCORIS)):
             report["tensors"] += 1
-            report["parameters"] += tensor.numel()
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            report["parameters"] += size
+            if tensor is None:
+                continue
+            if not torch.isfinite(tensor).all():
                 broken.append(key)
-            component, skew = _part(kind, place, key, tensor, config.get("layers", {}))
+            component, skew = _part(kind, place, path, key, tensor, config.get("layers", {}))
             if component is not None:
                 components.setdefault(component, _Component()).add(tensor, skew)
     report |= {"finite": not broken, "not_finite": broken[:3]}
@@ -119,7 +126,7 @@ def readable(report: Mapping[str, Any]) -> str:
     rows.append(("in all", f"{report['parameters']:,} parameters, {report['tensors']} tensors"))
     rows.append(("finite", "yes" if report["finite"] else f"no: {', '.join(report['not_finite'])}"))
     lines = [f"  {label:<14}{value}" for label, value in rows if value not in (None, "")]
-    return "\n".join([f"{report['path']}: {report['what']}", *lines])
+    return "\n".join(map(printable, [f"{report['path']}: {report['what']}", *lines]))
 
 
 def _several(values: list[int]) -> str:
@@ -138,23 +145,32 @@ def _files(source: Path, kind: str) -> list[tuple[str, Path]]:
 def _origin(path: Path, source: Path) -> dict[str, Any]:
     """What the export of a file, or of the directory that it is in, recorded."""
     metadata = dict(file_header(path)[1])
-    if (source / ORIGIN_FILE).is_file():
-        metadata[ORIGIN_KEY] = (source / ORIGIN_FILE).read_text(encoding="utf-8")
+    if why_no_file(source / ORIGIN_FILE) is None:
+        metadata[ORIGIN_KEY] = read_text(source / ORIGIN_FILE)
     origin = origin_of(metadata)
     return {key: origin[key] for key in ("base_model", "prompts", "step") if key in origin}
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():
-                yield key, file.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise BOFTError(f"'{path}' is no readable safetensors file: {error}") from None
+def _tensors(path: Path, is_adapter: bool) -> Iterator[tuple[str, int, Tensor | None]]:
+    """Each tensor's key and number of elements, and itself where these are numbers of floating point.
+
+    BOFTError for a tensor that an adapter cannot have, or that no model has.
+    """
+    with opened(path) as file:
+        for key in file.keys():
+            dtype, shape = header_of(file, key)
+            if is_adapter:
+                require_floats(path, key, dtype, shape)
+            elif len(shape) > _MOST_AXES:
+                raise BOFTError(f"'{path}': tensor '{key}' has {len(shape)} axes, and {_MOST_AXES} are the most")
+            size = math.prod(shape)
+            readable = size > 0 and dtype in FLOATS + _EIGHT_BITS
+            tensor = file.get_tensor(key) if readable else None
+            yield key, size, tensor.float() if dtype in _EIGHT_BITS and readable else tensor
 
 
 def _part(
-    kind: str, place: str, key: str, tensor: Tensor, layers: Mapping[str, Any]
+    kind: str, place: str, path: Path, key: str, tensor: Tensor, layers: Mapping[str, Any]
 ) -> tuple[str | None, Tensor | None]:
     """The component that a tensor belongs to, and its Q [m, r, b, b] where it holds a layer's rotation."""
     if kind == OURS:
@@ -167,9 +183,9 @@ def _part(
         component = names.COMPONENT_OF_PREFIX[match[1]]
     else:
         return None, None
-    squares = tensor.float() if tensor.dim() == 4 else tensor.float()[None]
-    if squares.dim() != 4 or squares.shape[2] != squares.shape[3]:
+    tensor = tensor.float()
+    if not key.endswith((".boft_R", ".oft_blocks")):
         return component, None
-    if key.endswith(".boft_R"):
-        return component, 0.5 * (squares - squares.mT)
-    return component, squares.mT - squares if key.endswith(".oft_blocks") else None
+    squares = tensor if tensor.dim() == 4 or kind != LYCORIS else tensor[None]  # LyCORIS's OFT has no axis of factors
+    require_butterfly(tuple(squares.shape), f"'{path}': tensor '{key}'")
+    return component, 0.5 * (squares - squares.mT) if key.endswith(".boft_R") else squares.mT - squares
