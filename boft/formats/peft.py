@@ -93,14 +93,9 @@ def read(source: Path) -> Foreign:
         read = grouped(path, keys, _KEY)
         layers[component] = {name: _layer(parts, f"'{path}': layer '{name}'") for name, parts in read.items()}
         _trust_the_tensors(layers[component], settings, path.parent)
-<<<<<<< HEAD
-        named = settings.get("base_model_name_or_path")
-        recorded = {"base_model": named if isinstance(named, str) and named else None} | origin_of(metadata)
-=======
         base_model = settings.get("base_model_name_or_path")
         recorded = {"base_model": base_model if base_model and isinstance(base_model, str) else None}
         recorded |= origin_of(metadata)
->>>>>>> fuzz
         config = {component: _implied_config(layers[component], settings)} | recorded.get("config", {})
         origin = recorded | {"config": origin.get("config", {}) | config}
     return Foreign(source, layers, origin)
