@@ -93,13 +93,10 @@ def adapted_weights(layers: Sequence[BOFTLayer]) -> Iterator[tuple[BOFTLayer, Te
 
 def _adapted_stack(layers: Sequence[BOFTLayer]) -> list[tuple[BOFTLayer, Tensor, Tensor | None]]:
     adapters = [layer.effective_adapters()[0] for layer in layers]
-    first, dtype = adapters[0], layers[0].rotation_dtype
-    weights = torch.stack([layer.base_weight.flatten(1) for layer in layers]).to(dtype)  # [L, n, d]
-    if levels := first.levels:
-        columns = weights.mT.reshape(-1, first.n)  # [L·d, n]
-        skew = torch.cat([adapter.applied_skew() for adapter in adapters], dim=1).to(dtype)
-        rotated = butterfly_rotation(columns, skew, cayley_blocks(skew, first.b), levels, False)
-        weights = rotated.view(-1, first.d, first.n).mT.contiguous()
+    weights = _stacked_weights(layers)
+    if adapters[0].levels:
+        skew = torch.cat([adapter.applied_skew() for adapter in adapters], dim=1).to(weights.dtype)
+        weights = _rotated_stack(weights, adapters[0], skew, cayley_blocks(skew, adapters[0].b)).contiguous()
     results = []
     for layer, adapter, weight in zip(layers, adapters, weights, strict=True):
         # Each in memory of its own, as a merged model is saved; a scaled weight is a new one.
@@ -133,13 +130,11 @@ def release(model: nn.Module, inputs: object = None, output: object = None) -> N
 
 def _rotate_with_graph(layers: Sequence[BOFTLayer]) -> None:
     adapters = [layer.effective_adapters()[0] for layer in layers]
-    first, dtype = adapters[0], layers[0].rotation_dtype
+    dtype = layers[0].rotation_dtype
     with full_precision(layers[0].base_weight.device):
-        weights = torch.stack([layer.base_weight.flatten(1) for layer in layers]).to(dtype)  # [L, n, d]
         skew = torch.cat([adapter.skew for adapter in adapters], dim=1).to(dtype)
         blocks = torch.cat([adapter.blocks_of(adapter.skew) for adapter in adapters], dim=1).to(dtype)
-        rotated = butterfly_rotation(weights.mT.reshape(-1, first.n), skew, blocks, first.levels, False)
-        weights = rotated.view(-1, first.d, first.n).mT
+        weights = _rotated_stack(_stacked_weights(layers), adapters[0], skew, blocks)
         scales = [adapter.output_scale() for adapter in adapters]
         if scales[0] is not None:
             weights = weights * torch.stack(scales).to(dtype)[..., None]
@@ -147,6 +142,17 @@ def _rotate_with_graph(layers: Sequence[BOFTLayer]) -> None:
         for layer, adapter, weight in zip(layers, adapters, weights.unbind(), strict=True):
             base = layer.base_weight
             layer.ready = weight.to(base.dtype).view(base.shape), layer.adapted_bias([adapter], dtype)
+
+
+def _stacked_weights(layers: Sequence[BOFTLayer]) -> Tensor:
+    """The base weights [L, n, d] of L layers that are alike, in the precision in which they are rotated."""
+    return torch.stack([layer.base_weight.flatten(1) for layer in layers]).to(layers[0].rotation_dtype)
+
+
+def _rotated_stack(weights: Tensor, like: ButterflyAdapter, skew: Tensor, blocks: Tensor) -> Tensor:
+    """W Rᵀ [L, n, d], a transposed view, of weights [L, n, d]; skew and blocks are of L adapters like this one."""
+    columns = weights.mT.reshape(-1, like.n)  # [L·d, n]
+    return butterfly_rotation(columns, skew, blocks, like.levels, False).view(-1, like.d, like.n).mT
 
 
 def _alike(layers: Sequence[BOFTLayer]) -> Iterator[list[BOFTLayer]]:
