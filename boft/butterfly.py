@@ -11,8 +11,8 @@ No permutation matrix and no d×d buffer is ever formed: the factors are applied
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -48,11 +48,20 @@ def nearest_geometries(d: int, m: int, b: float, *, also: Iterable[int] = (), co
     return ranked[:count]
 
 
-def full_precision(device: torch.device) -> AbstractContextManager:
-    """A context without autocast: the rotation is always computed in float32 or better."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """A context without autocast and TF32: the rotation is always computed in float32 or better."""
+    autocast = torch.amp.is_autocast_available(device.type)
+    with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
+        products = torch.backends.cuda.matmul
+        if device.type != "cuda" or torch.compiler.is_compiling() or products.fp32_precision != "tf32":
+            yield
+            return
+        products.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            products.fp32_precision = "tf32"
 
 
 def skew_matrix(skew: Tensor, b: int) -> Tensor:

@@ -126,7 +126,7 @@ class ButterflyAdapter(nn.Module):
         if skew is not self.skew or not self.keeps_blocks:
             return cayley_blocks(skew, self.b)
         if self.blocks_outdated:
-            self.peers.renew_blocks(self)
+            self.peers.renew_blocks(self, _last_step)
         return self._blocks[1]
 
     @property
@@ -241,12 +241,13 @@ class BOFTLayer(nn.Module):
     def adapted_parameters(self, dropout: bool = False) -> tuple[Tensor, Tensor | None]:
         """(W', bias') in the base layer's dtype and shapes: one differentiable function of base weight and adapters."""
         adapters = self.effective_adapters()
-        columns = self.columns()
+        # Laid out as in a stack of several layers, so that all ways to W' are the same products, and the same bits.
+        columns = self.columns().contiguous()
         for adapter in adapters:
             columns = adapter.rotated(columns, dropout)
             if adapter is not adapters[-1] and (scale := adapter.output_scale()) is not None:
                 columns = columns * scale.to(columns.dtype)
-        return self.finished(columns.t(), adapters)
+        return self.finished(columns, adapters)
 
     @property
     def base_weight(self) -> Tensor:
@@ -262,17 +263,26 @@ class BOFTLayer(nn.Module):
         return dtype
 
     def columns(self) -> Tensor:
-        """The base weight as columns [d, n], to be rotated."""
-        # Laid out as in a stack of several layers, so that all ways to W' are the same products, and the same bits.
-        return self.base_weight.flatten(1).t().to(self.rotation_dtype).contiguous()
+        """The base weight as columns [d, n], to be rotated; a view where possible."""
+        return self.base_weight.flatten(1).t().to(self.rotation_dtype)
 
-    def finished(self, rotated: Tensor, adapters: list[ButterflyAdapter]) -> tuple[Tensor, Tensor | None]:
-        """(W', bias') of the weight [n, d] that all adapters have rotated, and all but the last have scaled."""
+    def finished(self, columns: Tensor, adapters: list[ButterflyAdapter]) -> tuple[Tensor, Tensor | None]:
+        """(W', bias') of the columns [d, n] that all adapters have rotated, and all but the last have scaled."""
         if adapters and (scale := adapters[-1].output_scale()) is not None:
-            rotated = rotated * scale.to(rotated.dtype)[:, None]
-        # Laid out like the base weight, so that the same kernel runs: an untrained adapter is exactly the base layer.
+            columns = columns * scale.to(columns.dtype)
+        return self.as_weight(columns), self.adapted_bias(adapters, columns.dtype)
+
+    def as_weight(self, columns: Tensor) -> Tensor:
+        """Columns [d, n] as a weight like the base layer's, and laid out like it, but in memory of its own.
+
+        In training a linear layer's is a transposed view: it is used once, and products read it as it lies.
+        """
         weight = self.base_weight
-        return rotated.to(weight.dtype).contiguous().reshape(weight.shape), self.adapted_bias(adapters, rotated.dtype)
+        shaped = columns.t().to(weight.dtype)
+        if self.training and columns.requires_grad and weight.dim() == 2:
+            return shaped
+        # Laid out like the base weight, so that the same kernel runs: an untrained adapter is exactly the base layer.
+        return shaped.clone(memory_format=torch.contiguous_format).view(weight.shape)
 
     def adapted_bias(self, adapters: list[ButterflyAdapter], dtype: torch.dtype) -> Tensor | None:
         """The base layer's bias and those of the adapters, added up in dtype, in that of the base weight."""

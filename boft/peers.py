@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from boft.butterfly import full_precision
-from boft.rotation import butterfly_rotation, cayley_blocks
+from boft.rotation import butterfly_rotation, cayley_blocks, stacked_blocks
 
 if TYPE_CHECKING:
     from boft.layers import BOFTLayer, ButterflyAdapter
@@ -35,6 +35,8 @@ class Peers:
 
     def __init__(self, layers: Iterable[BOFTLayer] = ()) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]
+        self._stacks_of: int | None = None
+        self._stacks: dict[int, list[weakref.ref[ButterflyAdapter]]] = {}
 
     def __reduce__(self) -> tuple:
         return Peers, ()
@@ -42,17 +44,31 @@ class Peers:
     def layers(self) -> list[BOFTLayer]:
         return [layer for reference in self._layers if (layer := reference()) is not None]
 
-    def renew_blocks(self, wanted: ButterflyAdapter) -> None:
-        """Make the orthogonal blocks, of one adapter in training and of all like it whose own are out of date."""
-        found = {id(adapter): adapter for layer in self.layers() for adapter in layer.active_adapters()}
-        like = (wanted.b, wanted.skew.device, wanted.skew.dtype)
-        adapters = [
-            adapter
-            for adapter in ({id(wanted): wanted} | found).values()
-            if (adapter.b, adapter.skew.device, adapter.skew.dtype) == like and adapter.blocks_outdated
-        ]
-        for stack in _stacks(adapters, lambda a: a.m * a.r * a.b**2, _MOST_BLOCKS, wanted.skew.device):
-            _renew(stack)
+    def renew_blocks(self, wanted: ButterflyAdapter, step: int) -> None:
+        """Make the orthogonal blocks of one adapter in training, and of those that it is stacked with in this step.
+
+        On a CPU a stack is little more than a layer, whose blocks are still in the caches when it uses them.
+        """
+        if self._stacks_of != step or id(wanted) not in self._stacks:
+            self._stacks_of, self._stacks = step, self._stacked()
+        stack = [adapter for reference in self._stacks.get(id(wanted), ()) if (adapter := reference()) is not None]
+        together = any(adapter is wanted for adapter in stack) and all(adapter.blocks_outdated for adapter in stack)
+        _renew(stack if together else [wanted])
+
+    def _stacked(self) -> dict[int, list[weakref.ref[ButterflyAdapter]]]:
+        """By the identity of every adapter that keeps its blocks, the adapters whose blocks are made together."""
+        groups: dict[tuple, dict[int, ButterflyAdapter]] = {}
+        for layer in self.layers():
+            for adapter in layer.active_adapters():
+                if adapter.keeps_blocks:
+                    key = adapter.m, adapter.b, adapter.skew.device, adapter.skew.dtype
+                    groups.setdefault(key, {})[id(adapter)] = adapter
+        result = {}
+        for (_, _, device, _), group in groups.items():
+            for stack in _stacks(list(group.values()), lambda a: a.m * a.r * a.b**2, _MOST_BLOCKS, device):
+                references = [weakref.ref(adapter) for adapter in stack]
+                result |= {id(adapter): references for adapter in stack}
+        return result
 
     def renew_weights(self, wanted: BOFTLayer) -> None:
         """Keep the adapted weights, of one layer in evaluation and of all others that have none at hand."""
@@ -93,16 +109,14 @@ def adapted_weights(layers: Sequence[BOFTLayer]) -> Iterator[tuple[BOFTLayer, Te
 
 def _adapted_stack(layers: Sequence[BOFTLayer]) -> list[tuple[BOFTLayer, Tensor, Tensor | None]]:
     adapters = [layer.effective_adapters()[0] for layer in layers]
-    weights = _stacked_weights(layers)
+    dtype = layers[0].rotation_dtype
     if adapters[0].levels:
-        skew = torch.cat([adapter.applied_skew() for adapter in adapters], dim=1).to(weights.dtype)
-        weights = _rotated_stack(weights, adapters[0], skew, cayley_blocks(skew, adapters[0].b)).contiguous()
-    results = []
-    for layer, adapter, weight in zip(layers, adapters, weights, strict=True):
-        # Each in memory of its own, as a merged model is saved; a scaled weight is a new one.
-        weight = weight.clone() if adapter.output_scale() is None else weight
-        results.append((layer, *layer.finished(weight, [adapter])))
-    return results
+        skew = torch.cat([adapter.applied_skew() for adapter in adapters], dim=1).to(dtype)
+        rotated = _rotated_stack(layers, skew, cayley_blocks(skew, adapters[0].b))
+    else:
+        rotated = [layer.columns() for layer in layers]
+    parts = zip(layers, adapters, rotated, strict=True)
+    return [(layer, *layer.finished(columns, [adapter])) for layer, adapter, columns in parts]
 
 
 def prepare(model: nn.Module, inputs: object = None) -> None:
@@ -134,25 +148,19 @@ def _rotate_with_graph(layers: Sequence[BOFTLayer]) -> None:
     with full_precision(layers[0].base_weight.device):
         skew = torch.cat([adapter.skew for adapter in adapters], dim=1).to(dtype)
         blocks = torch.cat([adapter.blocks_of(adapter.skew) for adapter in adapters], dim=1).to(dtype)
-        weights = _rotated_stack(_stacked_weights(layers), adapters[0], skew, blocks)
+        columns = _rotated_stack(layers, skew, blocks)
         scales = [adapter.output_scale() for adapter in adapters]
         if scales[0] is not None:
-            weights = weights * torch.stack(scales).to(dtype)[..., None]
-        weights = weights.contiguous()
-        for layer, adapter, weight in zip(layers, adapters, weights.unbind(), strict=True):
-            base = layer.base_weight
-            layer.ready = weight.to(base.dtype).view(base.shape), layer.adapted_bias([adapter], dtype)
+            columns = columns * torch.stack(scales).to(dtype)[:, None]
+        for layer, adapter, rotated in zip(layers, adapters, columns.unbind(), strict=True):
+            layer.ready = layer.as_weight(rotated), layer.adapted_bias([adapter], dtype)
 
 
-def _stacked_weights(layers: Sequence[BOFTLayer]) -> Tensor:
-    """The base weights [L, n, d] of L layers that are alike, in the precision in which they are rotated."""
-    return torch.stack([layer.base_weight.flatten(1) for layer in layers]).to(layers[0].rotation_dtype)
-
-
-def _rotated_stack(weights: Tensor, like: ButterflyAdapter, skew: Tensor, blocks: Tensor) -> Tensor:
-    """W Rᵀ [L, n, d], a transposed view, of weights [L, n, d]; skew and blocks are of L adapters like this one."""
-    columns = weights.mT.reshape(-1, like.n)  # [L·d, n]
-    return butterfly_rotation(columns, skew, blocks, like.levels, False).view(-1, like.d, like.n).mT
+def _rotated_stack(layers: Sequence[BOFTLayer], skew: Tensor, blocks: Tensor) -> Tensor:
+    """R Wᵀ [L, d, n] of L layers that are alike; skew and blocks are of one adapter each, side by side."""
+    adapter = layers[0].effective_adapters()[0]
+    columns = torch.stack([layer.columns() for layer in layers])
+    return butterfly_rotation(columns.flatten(0, 1), skew, blocks, adapter.levels, False).view_as(columns)
 
 
 def _alike(layers: Sequence[BOFTLayer]) -> Iterator[list[BOFTLayer]]:
@@ -170,14 +178,12 @@ def _alike(layers: Sequence[BOFTLayer]) -> Iterator[list[BOFTLayer]]:
 
 def _renew(adapters: Sequence[ButterflyAdapter]) -> None:
     """Make the blocks of these adapters in one go, over those of the last step where they lie side by side."""
-    skews = torch.cat([adapter.skew.detach().flatten(0, 1) for adapter in adapters])
     memory = adapters[0].stacked_blocks
-    usable = memory is not None and all(adapter.stacked_blocks is memory for adapter in adapters)
-    usable = usable and len(memory) == len(skews)
-    blocks = cayley_blocks(skews, adapters[0].b, out=memory if usable else None, quick=True)
-    parts = blocks.split([adapter.m * adapter.r for adapter in adapters])
+    usable = all(adapter.stacked_blocks is memory for adapter in adapters)
+    stack = stacked_blocks([adapter.skew for adapter in adapters], adapters[0].b, memory if usable else None)
+    parts = stack.split([adapter.r for adapter in adapters], dim=1)
     for adapter, part in zip(adapters, parts, strict=True):
-        adapter.keep_blocks(part.view(adapter.m, adapter.r, adapter.b, adapter.b), blocks)
+        adapter.keep_blocks(part, stack)
 
 
 def _stacks(
