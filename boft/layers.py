@@ -29,7 +29,9 @@ from boft.rotation import butterfly_rotation, cayley_blocks
 ROTATION_COST = 10
 # What a rotated input costs beyond that, in the same unit, however small it is: weights are rotated for many layers in
 # one go, inputs come one at a time.
-CALL_COST = 1 << 25
+# On a GPU that is some forty kernels, which take Python a quarter of a millisecond to launch: longer than the weight of
+# any attention layer takes to be rotated. Counted by `python -m benchmarks.speed --preset launches`, not measured.
+CALL_COST = {"cpu": 1 << 25, "cuda": 1 << 33}
 
 
 _steps = itertools.count()
@@ -208,8 +210,6 @@ class BOFTLayer(nn.Module):
         self.train(base_layer.training)
         self._kept: tuple[nn.Parameter, nn.Parameter | None] | None = None
         self._cache: tuple[tuple, Tensor, Tensor | None] | None = None
-        # (W', bias') with their graph, made by the peers together for this one call of the model.
-        self.ready: tuple[Tensor, Tensor | None] | None = None
         self._rotated_input: bool | None = None
         self.peers = Peers()
 
@@ -273,16 +273,15 @@ class BOFTLayer(nn.Module):
         return self.as_weight(columns), self.adapted_bias(adapters, columns.dtype)
 
     def as_weight(self, columns: Tensor) -> Tensor:
-        """Columns [d, n] as a weight like the base layer's, and laid out like it, but in memory of its own.
-
-        In training a linear layer's is a transposed view: it is used once, and products read it as it lies.
-        """
-        weight = self.base_weight
-        shaped = columns.t().to(weight.dtype)
-        if self.training and columns.requires_grad and weight.dim() == 2:
-            return shaped
+        """Columns [d, n] as a weight like the base layer's, and laid out like it, but in memory of its own."""
         # Laid out like the base weight, so that the same kernel runs: an untrained adapter is exactly the base layer.
-        return shaped.clone(memory_format=torch.contiguous_format).view(weight.shape)
+        weight = self.base_weight
+        return columns.t().to(weight.dtype).clone(memory_format=torch.contiguous_format).view(weight.shape)
+
+    def shaped(self, weight: Tensor) -> Tensor:
+        """A weight [n, d] in the base layer's shape. A linear layer's stays a view: products read it as it lies."""
+        shape = self.base_weight.shape
+        return weight if len(shape) == 2 else weight.reshape(shape).contiguous()
 
     def adapted_bias(self, adapters: list[ButterflyAdapter], dtype: torch.dtype) -> Tensor | None:
         """The base layer's bias and those of the adapters, added up in dtype, in that of the base weight."""
@@ -306,19 +305,25 @@ class BOFTLayer(nn.Module):
         self._rotated_input = self.training and self._rotates_input(x, adapters)
         if self._rotated_input:
             return self._run_rotated(x, adapters)
-        if self.ready is not None:
-            return self._run(x, *self.ready)
+        if self._stackable(adapters):
+            return self._run(x, *self.peers.take(self))
         return self._run(x, *self.adapted_parameters(dropout=self.training))
 
+    def _stackable(self, adapters: list[ButterflyAdapter]) -> bool:
+        """Whether this is training of one whole adapter on a frozen weight: what several layers can compute at once."""
+        if torch.compiler.is_compiling() or self.base_weight.requires_grad:
+            return False
+        return len(adapters) == 1 and adapters[0].keeps_blocks
+
     @property
-    def rotates_weight_alike(self) -> bool:
-        """Whether the next call in training is to rotate the weight, by one whole adapter: what layers can do at once.
+    def will_rotate_weight(self) -> bool:
+        """Whether the next call is likely to rotate the weight, in a way that several layers can do at once.
 
         Tokens are known when the layer is called; what the last call did is taken for what the next will do.
         """
-        adapters = self.effective_adapters()
-        alike = len(adapters) == 1 and adapters[0].keeps_blocks and not self.merged and not self._hooked()
-        return alike and self._rotated_input is False
+        if self._rotated_input is not False or self.merged or self._hooked():
+            return False
+        return self._stackable(self.effective_adapters())
 
     def _run_hooked(self, x: Tensor, parts: list[nn.Module]) -> Tensor:
         """As forward, with accelerate's hooks called, which keep weights elsewhere while they are not used.
@@ -425,7 +430,8 @@ class BOFTLayer(nn.Module):
             return False
         d, n = adapters[0].d, adapters[0].n
         for_one_column = ROTATION_COST * d * sum(len(adapter.levels) * adapter.b for adapter in adapters)
-        return tokens * for_one_column + CALL_COST < n * for_one_column + tokens * d * n
+        call = CALL_COST.get(x.device.type, CALL_COST["cuda"])
+        return tokens * for_one_column + call < n * for_one_column + tokens * d * n
 
     def _run_rotated(self, x: Tensor, adapters: list[ButterflyAdapter]) -> Tensor:
         """diag(s) W (Rᵀ x) + bias: the same function of x as `_run` with W', by way of the input."""

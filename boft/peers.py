@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
-from boft.butterfly import full_precision
-from boft.rotation import butterfly_rotation, cayley_blocks, stacked_blocks
+from boft.rotation import butterfly_rotation, cayley_blocks, rotated_weights, stacked_blocks
 
 if TYPE_CHECKING:
     from boft.layers import BOFTLayer, ButterflyAdapter
 
 Item = TypeVar("Item")
+Rotated = tuple[Tensor, Tensor | None]
 
 # Attributes of the model that the layers belong to.
 _PEERS, _HANDLES = "_boft_peers", "_boft_handles"
 
-# Numbers in a stack at most. On a CPU larger ones leave the caches; on a GPU they fill it.
-_MOST_BLOCKS = {"cpu": 1 << 19}
-_MOST_COLUMNS = {"cpu": 1 << 20}
-_MOST_ELSEWHERE = 1 << 26
+# Numbers in a stack at most. On a CPU larger ones leave the caches. On a GPU they fill it, and the backward of a stack
+# of weights holds a dozen times as many for a moment.
+_MOST_BLOCKS = {"cpu": 1 << 19, "cuda": 1 << 26}
+_MOST_COLUMNS = {"cpu": 1 << 20, "cuda": 1 << 23}
 
 
 class Peers:
@@ -35,6 +35,9 @@ class Peers:
 
     def __init__(self, layers: Iterable[BOFTLayer] = ()) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]
+        # By the identity of a layer, (W', bias') with their graph, made together for one call of the model.
+        self._ready: dict[int, Rotated] = {}
+        self._running = False
         self._stacks_of: int | None = None
         self._stacks: dict[int, list[weakref.ref[ButterflyAdapter]]] = {}
 
@@ -70,6 +73,28 @@ class Peers:
                 result |= {id(adapter): references for adapter in stack}
         return result
 
+    def take(self, layer: BOFTLayer) -> Rotated:
+        """(W', bias') of a layer in training, with a graph: what was made for this call of the model, or made here."""
+        ready = self._ready.get(id(layer))
+        if ready is not None and not torch.is_grad_enabled():
+            # Reentrant checkpointing: what runs again will want a graph of its own.
+            ready = self._ready.pop(id(layer)) and None
+        # Gradient checkpointing runs parts of the model again in the backward, where each must do what it did.
+        called = self._running or torch._C._current_graph_task_id() != -1
+        return ready if ready is not None and called else _rotated_with_graph([layer])[0]
+
+    def prepare(self) -> None:
+        """Rotate, with a graph, the weights of all layers that will want theirs rotated in this call of the model."""
+        self._ready, self._running = {}, True
+        if torch.is_grad_enabled():
+            for stack in _alike([layer for layer in self.layers() if layer.will_rotate_weight]):
+                if len(stack) > 1:
+                    self._ready |= zip(map(id, stack), _rotated_with_graph(stack), strict=True)
+
+    def finish(self) -> None:
+        """Note that the model's call has ended: only a backward may still ask for what was made for it."""
+        self._running = False
+
     def renew_weights(self, wanted: BOFTLayer) -> None:
         """Keep the adapted weights, of one layer in evaluation and of all others that have none at hand."""
         layers = [layer for layer in self.layers() if layer is not wanted and layer.weight_outdated]
@@ -91,8 +116,9 @@ def share(model: nn.Module, layers: Iterable[BOFTLayer]) -> None:
     if layers:
         # In the dictionary itself: neither is a part of the model to be saved or moved.
         model.__dict__[_PEERS] = peers
-        handles = (model.register_forward_pre_hook(prepare), model.register_forward_hook(release, always_call=True))
-        model.__dict__[_HANDLES] = handles
+        before = model.register_forward_pre_hook(_before_call)
+        after = model.register_forward_hook(_after_call, always_call=True)
+        model.__dict__[_HANDLES] = before, after
 
 
 def adapted_weights(layers: Sequence[BOFTLayer]) -> Iterator[tuple[BOFTLayer, Tensor, Tensor | None]]:
@@ -119,41 +145,34 @@ def _adapted_stack(layers: Sequence[BOFTLayer]) -> list[tuple[BOFTLayer, Tensor,
     return [(layer, *layer.finished(columns, [adapter])) for layer, adapter, columns in parts]
 
 
-def prepare(model: nn.Module, inputs: object = None) -> None:
-    """Before a model trains on a batch: rotate the weights of all layers that will want theirs rotated, with a graph.
-
-    Under gradient checkpointing parts of the model run again in the backward, and each layer must then do what it did.
-    """
+def _before_call(model: nn.Module, inputs: object) -> None:
     peers = model.__dict__.get(_PEERS)
-    if peers is None or not (model.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-        return
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        return
-    layers = [layer for layer in peers.layers() if layer.rotates_weight_alike]
-    for stack in _alike(layers):
-        if len(stack) > 1:
-            _rotate_with_graph(stack)
+    if peers is not None and not torch.compiler.is_compiling():
+        peers.prepare()
 
 
-def release(model: nn.Module, inputs: object = None, output: object = None) -> None:
-    """After the call: what was prepared for it is not used again."""
-    if (peers := model.__dict__.get(_PEERS)) is not None:
-        for layer in peers.layers():
-            layer.ready = None
+def _after_call(model: nn.Module, inputs: object, output: object) -> None:
+    peers = model.__dict__.get(_PEERS)
+    if peers is not None and not torch.compiler.is_compiling():
+        peers.finish()
 
 
-def _rotate_with_graph(layers: Sequence[BOFTLayer]) -> None:
+def _rotated_with_graph(layers: Sequence[BOFTLayer]) -> list[Rotated]:
+    """(W', bias') of layers that are alike, in training."""
     adapters = [layer.effective_adapters()[0] for layer in layers]
     dtype = layers[0].rotation_dtype
-    with full_precision(layers[0].base_weight.device):
-        skew = torch.cat([adapter.skew for adapter in adapters], dim=1).to(dtype)
-        blocks = torch.cat([adapter.blocks_of(adapter.skew) for adapter in adapters], dim=1).to(dtype)
-        columns = _rotated_stack(layers, skew, blocks)
-        scales = [adapter.output_scale() for adapter in adapters]
-        if scales[0] is not None:
-            columns = columns * torch.stack(scales).to(dtype)[:, None]
-        for layer, adapter, rotated in zip(layers, adapters, columns.unbind(), strict=True):
-            layer.ready = layer.as_weight(rotated), layer.adapted_bias([adapter], dtype)
+    skew = _side_by_side([adapter.skew for adapter in adapters]).to(dtype)
+    blocks = _side_by_side([adapter.blocks_of(adapter.skew) for adapter in adapters]).to(dtype)
+    scales = [adapter.output_scale() for adapter in adapters]
+    scale = None if scales[0] is None else torch.stack(scales).to(dtype)
+    weights = [layer.base_weight.flatten(1) for layer in layers]
+    rotated = rotated_weights(weights, skew, blocks, scale, adapters[0].levels)
+    parts = zip(layers, adapters, rotated, strict=True)
+    return [(layer.shaped(weight), layer.adapted_bias([adapter], dtype)) for layer, adapter, weight in parts]
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 def _rotated_stack(layers: Sequence[BOFTLayer], skew: Tensor, blocks: Tensor) -> Tensor:
@@ -190,7 +209,7 @@ def _stacks(
     items: Sequence[Item], size: Callable[[Item], int], most: dict[str, int], device: torch.device
 ) -> Iterator[list[Item]]:
     """The items in stacks of no more numbers than suit the device, at least one item each."""
-    limit = most.get(device.type, _MOST_ELSEWHERE)
+    limit = most.get(device.type, most["cuda"])
     stack: list[Item] = []
     total = 0
     for item in items:

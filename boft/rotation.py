@@ -32,8 +32,7 @@ _RESIDUAL = 2.0**-25
 _DEGREES = {4: 2, 6: 3, 9: 3, 12: 3}
 _LARGEST = 1.0
 # Numbers in the blocks that are worked on at a time. On a CPU what is in hand then stays near its cores.
-_CHUNK = {"cpu": 1 << 18}
-_CHUNK_ELSEWHERE = 1 << 23
+_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 23}
 _LARGEST_SCRATCH = 1 << 22
 
 
@@ -44,6 +43,17 @@ def butterfly_rotation(columns: Tensor, skew: Tensor, blocks: Tensor, levels: Se
     caller may keep for as long as skew is unchanged, and get none. Can be differentiated once.
     """
     return _Rotation.apply(columns, skew, blocks, tuple(levels), inverse)
+
+
+def rotated_weights(
+    weights: Sequence[Tensor], skew: Tensor, blocks: Tensor, scale: Tensor | None, levels: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """diag(s) W Rᵀ [n, d] of each of L frozen weights [n, d], in their dtype; transposed views of columns.
+
+    skew [len(levels), L·r, b(b-1)/2] and scale [L, n] get gradients; blocks are as for `butterfly_rotation`. All that
+    is kept for the backward are the weights and the blocks, which are there anyway. Can be differentiated once.
+    """
+    return _RotatedWeights.apply(skew, blocks, scale, tuple(levels), *weights)
 
 
 def cayley_blocks(skew: Tensor, b: int, *, quick: bool = False) -> Tensor:
@@ -86,7 +96,7 @@ def _fill_with_blocks(rows: Sequence[Tensor], out: Tensor, quick: bool) -> None:
         elif out.dtype != torch.float32:
             out.copy_(cayley(skew_matrix(torch.cat(rows), b)))
         else:
-            most = max(1, _CHUNK.get(out.device.type, _CHUNK_ELSEWHERE) // b**2)
+            most = max(1, _CHUNK.get(out.device.type, _CHUNK["cuda"]) // b**2)
             start = 0
             for pieces in _chunks(rows, most):
                 stop = start + sum(map(len, pieces))
@@ -140,18 +150,8 @@ def _packing(b: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, columns, skew, blocks, levels, inverse):
-        # In between, blocks lie as [b, c]: products read one layout and write the other, and so transpose for nothing.
-        ends = _Layout(*blocks.shape[1:3], _by_rows(columns))
-        middle = _Layout(*blocks.shape[1:3], False)
-        factors = _factors(blocks, levels, inverse)
         with full_precision(columns.device):
-            x = ends.blocks(ends.taken(columns, factors[0][0]))
-            for (level, factor), (next_level, _) in itertools.pairwise(factors):
-                x = _product(factor, x, middle, "after")
-                x = middle.blocks(middle.reordered(x, level, next_level))
-            level, factor = factors[-1]
-            out = torch.empty_like(columns)
-            ends.put_back(out, _product(factor, x, ends, "after"), level)
+            out = _rotated(columns, blocks, levels, inverse)
         ctx.save_for_backward(out, blocks)
         ctx.levels, ctx.inverse = levels, inverse
         return out
@@ -183,6 +183,71 @@ class _Rotation(torch.autograd.Function):
             # -½ M and its antisymmetric part; the inverse is the transform of -Q.
             g_skew = _antisymmetric(matrices, 0.5 if inverse else -0.5)
         return g_columns, g_skew, None, None, None
+
+
+class _RotatedWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, skew, blocks, scale, levels, *weights):
+        columns = _stacked_columns(weights, blocks.dtype)  # [L, d, n]
+        with full_precision(columns.device):
+            rotated = _rotated(columns.flatten(0, 1), blocks, levels, False).view_as(columns)
+        if scale is not None:
+            rotated.mul_(scale[:, None])
+        ctx.save_for_backward(blocks, scale, *weights)
+        ctx.levels = levels
+        return tuple(part.t() for part in rotated.to(weights[0].dtype).unbind())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        blocks, scale, *weights = ctx.saved_tensors
+        levels, count = ctx.levels, len(weights)
+        layout = _Layout(*blocks.shape[1:3], False)
+        matrices = _scratch("matrices", blocks, blocks.shape)
+        g_scale = None
+        with full_precision(blocks.device):
+            # The way forward again, for the sums x + y of every factor, in the order of its level.
+            x = y = layout.taken(_stacked_columns(weights, blocks.dtype).flatten(0, 1), levels[0])
+            totals = []
+            for step, factor in enumerate(blocks):
+                if step:
+                    x = layout.reordered(y, levels[step - 1], levels[step])
+                y = _product(factor, x, layout, "after")
+                totals.append(torch.add(x, y))
+            g = _stacked_columns(gradients, blocks.dtype).flatten(0, 1)
+            g = layout.taken(g, levels[-1], "gradient").reshape(count, -1, g.shape[-1])
+            if scale is not None:
+                g_scale = (g * y.view_as(g)).sum(1) if ctx.needs_input_grad[2] else None
+                g = torch.mul(g, scale[:, None], out=_scratch("scaled", g, g.shape))
+            g = g.view_as(y)
+            for step, factor in reversed(list(enumerate(blocks))):
+                before = _product(factor.mT, g, layout, "after")
+                torch.bmm(torch.add(g, before, out=_scratch("total", g, g.shape)), totals.pop().mT, out=matrices[step])
+                if step:
+                    g = layout.reordered(before, levels[step], levels[step - 1])
+            g_skew = _antisymmetric(matrices, -0.5)
+        return g_skew, None, g_scale, None, *[None] * count
+
+
+def _stacked_columns(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Weights [n, d] as columns [L, d, n]."""
+    return torch.stack([weight.t().to(dtype) for weight in weights])
+
+
+def _rotated(columns: Tensor, blocks: Tensor, levels: Sequence[int], inverse: bool) -> Tensor:
+    """R X, or Rᵀ X if `inverse`, for columns X [d, c]; laid out like them."""
+    # In between, blocks lie as [b, c]: products read one layout and write the other, and so transpose for nothing.
+    ends = _Layout(*blocks.shape[1:3], _by_rows(columns))
+    middle = _Layout(*blocks.shape[1:3], False)
+    factors = _factors(blocks, levels, inverse)
+    x = ends.blocks(ends.taken(columns, factors[0][0]))
+    for (level, factor), (next_level, _) in itertools.pairwise(factors):
+        x = _product(factor, x, middle, "after")
+        x = middle.blocks(middle.reordered(x, level, next_level))
+    level, factor = factors[-1]
+    out = torch.empty_like(columns)
+    ends.put_back(out, _product(factor, x, ends, "after"), level)
+    return out
 
 
 def _factors(blocks: Tensor, levels: Sequence[int], inverse: bool) -> list[tuple[int, Tensor]]:
@@ -226,12 +291,12 @@ class _Layout:
         """The first and the second half of the columns of x."""
         return x.chunk(2, dim=1 if self.rows else 2)
 
-    def taken(self, columns: Tensor, level: int) -> Tensor:
+    def taken(self, columns: Tensor, level: int, slot: str = "before") -> Tensor:
         """Columns [r·b, c] in the order of a level."""
         view = self._in_order(columns, level)
         if level == 0:
             return view  # slices, which products read where they lie
-        return _scratch("before", columns, view.shape).copy_(view).view(self._shape(columns.shape[1]))
+        return _scratch(slot, columns, view.shape).copy_(view).view(self._shape(columns.shape[1]))
 
     def stacked(self, first: Tensor, second: Tensor, level: int) -> Tensor:
         """Columns [r·b, c] and as many others side by side, in the order of a level."""

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from dense_twin import dense_cayley, dense_factors, dense_skew
+from dense_twin import dense_cayley, dense_factors, dense_matrix, dense_skew
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import boft
 from boft import layers, peers, rotation
-from boft.rotation import butterfly_rotation, cayley_blocks
+from boft.rotation import butterfly_rotation, cayley_blocks, rotated_weights
 
 GEOMETRIES = [(24, 1, 3), (24, 1, 24), (24, 2, 6), (64, 4, 8), (96, 5, 6), (320, 5, 20)]
 
@@ -205,7 +205,7 @@ def test_both_sides_give_the_same_output_and_gradients(make, shape, autocast, mo
     results = []
     for cost in (0, 1e9):  # a rotation that costs nothing goes to the input; a dear one where there are fewer columns
         monkeypatch.setattr(layers, "ROTATION_COST", cost)
-        monkeypatch.setattr(layers, "CALL_COST", 0)
+        monkeypatch.setattr(layers, "CALL_COST", {"cpu": 0, "cuda": 0})
         layer = two_adapters(make)
         inputs = x.clone().requires_grad_()
         rotates_input = layer._rotates_input(inputs, layer.effective_adapters())
@@ -246,8 +246,8 @@ def test_weights_rotated_together_train_as_those_rotated_alone(scale, autocast, 
         config = boft.BOFTConfig(m=2, b=4, target_modules="all-linear", scale=scale, bias="boft_only")
         boft.add_adapter(model, config)
         stacks: list[int] = []
-        original = peers._rotate_with_graph
-        monkeypatch.setattr(peers, "_rotate_with_graph", lambda s: stacks.append(len(s)) or original(s))
+        original = peers._rotated_with_graph
+        monkeypatch.setattr(peers, "_rotated_with_graph", lambda s: stacks.append(len(s)) or original(s))
         if not together:
             boft.peers.share(model, [])
         parameters = boft.trainable_parameters(model)
@@ -260,13 +260,13 @@ def test_weights_rotated_together_train_as_those_rotated_alone(scale, autocast, 
                 loss.backward()
             optimizer.step()
         monkeypatch.undo()
-        assert all(layer.ready is None for layer in boft.inject.boft_layers(model).values())
         return [p.detach() for p in parameters] + [p.grad for p in parameters], stacks
 
     alone, none = trained(False)
     together, stacks = trained(True)
-    # The first call finds out that every layer rotates its weight; from then on the three alike go together.
-    assert none == [] and stacks == [3] * 7
+    # The first call finds out that every layer rotates its weight; from then on the three alike go together, while the
+    # last one is alone of its kind.
+    assert none == [1] * 4 * 8 and stacks == [1] * 4 + [3, 1] * 7
     # Bit for bit: a resumed run, whose first call knows of nothing yet, ends as one that was never stopped.
     assert all(map(torch.equal, together, alone))
 
@@ -282,6 +282,60 @@ def test_a_layer_called_by_itself_takes_nothing_that_was_made_for_the_model():
         model.first(x).sum().backward()
     assert model.first.adapters["default"].skew.grad.abs().sum() > 0
     assert model.second.adapters["default"].skew.grad is None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_take_what_was_made_for_the_model(reentrant, monkeypatch):
+    class Checkpointed(Small):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return checkpoint(super().forward, x.requires_grad_(), use_reentrant=reentrant)
+
+    gradients, stacks = [], []
+    original = peers._rotated_with_graph
+    monkeypatch.setattr(peers, "_rotated_with_graph", lambda s: stacks.append(len(s)) or original(s))
+    for make in (Small, Checkpointed):
+        torch.manual_seed(0)
+        model = make()
+        boft.add_adapter(model, boft.BOFTConfig(m=2, b=4, target_modules=["first", "second", "third"]))
+        for _ in range(3):
+            model.zero_grad()
+            stacks.clear()
+            model(torch.randn(40, 16, generator=torch.Generator().manual_seed(1))).backward()
+        gradients.append([p.grad for p in boft.trainable_parameters(model)])
+    # What runs again under reentrant checkpointing must have a graph of its own.
+    assert stacks == ([3] + [1] * 6 if reentrant else [3])
+    assert all(map(torch.equal, *gradients))
+
+
+def test_a_stack_of_weights_keeps_nothing_for_the_backward_but_itself():
+    kept: list[int] = []
+    skew = random_skew(3, 32, 8, 0.3).float().requires_grad_()
+    blocks, scale = cayley_blocks(skew, 8), torch.ones(2, 512, requires_grad=True)
+    weights = [torch.randn(512, 128) for _ in range(2)]
+    with saved_bytes(kept):
+        rotated_weights(weights, skew, blocks, scale, range(3))
+    assert kept[0] == sum(t.untyped_storage().nbytes() for t in (blocks, scale, *weights))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("d", "m", "b"), GEOMETRIES)
+def test_rotated_weights_and_their_gradients_equal_the_dense_product(d, m, b, scaled):
+    skew = random_skew(m, 3 * d // b, b, 0.5)
+    weights, gradients = torch.randn(2, 3, 7, d, dtype=torch.float64)
+    scale = torch.rand(3, 7, dtype=torch.float64) + 0.5
+    levels = tuple(range(m))
+    results = []
+    for dense in (True, False):
+        used, scales = skew.clone().requires_grad_(), scale.clone().requires_grad_() if scaled else None
+        if dense:
+            parts = zip(weights, used.chunk(3, dim=1), scale if scales is None else scales, strict=True)
+            outputs = [(s[:, None] if scaled else 1) * (w @ dense_matrix(q, b).T) for w, q, s in parts]
+        else:
+            outputs = rotated_weights(list(weights), used, cayley_blocks(used, b), scales, levels)
+        sum((output * g).sum() for output, g in zip(outputs, gradients, strict=True)).backward()
+        results.append([*outputs, used.grad, *([scales.grad] if scaled else [])])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 def test_removing_the_last_adapter_takes_the_hooks_along():
