@@ -3,6 +3,7 @@
     python -m benchmarks.speed --preset bar       # SD 1.5, 256 px, batch 1, float32 on the CPU; under 20 minutes
     python -m benchmarks.speed                    # every method and UNet, smaller settings; on two cores, an hour or so
     python -m benchmarks.speed --preset gpu       # 512 px, batch 1 and 4, bf16, with and without checkpointing
+    python -m benchmarks.speed --preset launches  # without a GPU: the kernels that one would launch, and its memory
     python -m benchmarks.speed --preset growth    # one layer: widths, factors and tokens; which side is cheaper
     python -m benchmarks.speed --preset parts     # what one layer's step is made of, the fast way and the plain one
 
@@ -27,7 +28,7 @@ import matplotlib
 import torch
 from tqdm import tqdm
 
-from benchmarks import growth, parts
+from benchmarks import growth, launches, parts
 from benchmarks.methods import METHODS, OURS, require_packages
 from benchmarks.worker import UNETS
 from boft.errors import BOFTError
@@ -82,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.preset == "growth":
             growth.run(arguments.json, arguments.plot, arguments.steps or 9)
             return
+        if arguments.preset == "launches":
+            launches.run(arguments.json, arguments.methods)
+            return
         if arguments.preset == "parts":
             parts.run(arguments.json, arguments.steps or 21)
             return
@@ -100,7 +104,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", choices=[*PRESETS, "growth", "parts"], default="cpu")
+    parser.add_argument("--preset", choices=[*PRESETS, "launches", "growth", "parts"], default="cpu")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--unet", nargs="+", choices=[*UNETS, "pocket"])
     parser.add_argument("--resolution", nargs="+", type=int, help="pixels")
@@ -109,6 +113,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", nargs="+", type=lambda text: text == "yes", metavar="yes|no")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--steps", type=int, help="timed steps of each process")
+    parser.add_argument(
+        "--freed_memory",
+        choices=["kept", "given_back"],
+        default="kept",
+        help="on a CPU and for every method alike: kept, as our training scripts have it, or given back, as is glibc's way",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
@@ -137,6 +147,7 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
             for key in methods[:: -1 if turn % 2 else 1]:
                 bar.set_postfix_str(f"{key} {describe(setting)}")
                 job = setting | {"method": key, "steps": arguments.steps, "device": arguments.device}
+                job["freed_memory"] = arguments.freed_memory
                 results.append(setting | {"method": key, "round": turn} | in_process(job))
                 bar.update()
     bar.close()

@@ -18,6 +18,7 @@ from torch import nn
 import boft
 from benchmarks.methods import METHODS, to_trained_values, trained_tensors
 from boft import inject
+from boft.memory import keep_freed_memory
 
 # What distinguishes the UNets that are measured; all else is the class's default, which is Stable Diffusion 1.5's.
 UNETS = {
@@ -56,6 +57,8 @@ def measure(job: dict) -> dict:
     if job["checkpointing"]:
         unet.enable_gradient_checkpointing()
     unet.train()
+    if job["freed_memory"] == "kept" and device.type == "cpu":
+        keep_freed_memory()
     step = _stepper(unet, parameters, job, device)
     for _ in range(WARM_UP):
         step()

@@ -71,8 +71,8 @@ class ButterflyAdapter(nn.Module):
         self.strengths = (1.0,) * self.m
         self.follow = True
         self.peers = Peers()
-        # Key, own blocks, and the stack of several adapters' blocks that these lie in.
-        self._blocks: tuple[tuple, Tensor, Tensor] | None = None
+        # Key, the stack [m, Σr, b, b] that the blocks lie in with those of other adapters, and where.
+        self._blocks: tuple[tuple, Tensor, int] | None = None
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -129,7 +129,8 @@ class ButterflyAdapter(nn.Module):
             return cayley_blocks(skew, self.b)
         if self.blocks_outdated:
             self.peers.renew_blocks(self, _last_step)
-        return self._blocks[1]
+        _, stack, start = self._blocks
+        return stack[:, start : start + self.r]
 
     @property
     def keeps_blocks(self) -> bool:
@@ -144,13 +145,13 @@ class ButterflyAdapter(nn.Module):
         return self.keeps_blocks and (self._blocks is None or self._blocks[0] != self._blocks_key())
 
     @property
-    def stacked_blocks(self) -> Tensor | None:
-        """The memory in which the kept blocks lie, those of other adapters beside them."""
-        return None if self._blocks is None else self._blocks[2]
+    def kept_blocks(self) -> tuple[Tensor, int] | None:
+        """The stack [m, Σr, b, b] in which the kept blocks lie, those of other adapters beside them, and where."""
+        return None if self._blocks is None else self._blocks[1:]
 
-    def keep_blocks(self, blocks: Tensor, stack: Tensor) -> None:
-        """Keep blocks [m, r, b, b], a part of stack, until the parameters change."""
-        self._blocks = (self._blocks_key(), blocks, stack)
+    def keep_blocks(self, stack: Tensor, start: int) -> None:
+        """Keep the blocks that lie in a stack from `start` on, until the parameters change."""
+        self._blocks = (self._blocks_key(), stack, start)
 
     def _blocks_key(self) -> tuple:
         return self.skew.data_ptr(), self.skew._version, _last_step

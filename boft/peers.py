@@ -68,7 +68,9 @@ class Peers:
                     groups.setdefault(key, {})[id(adapter)] = adapter
         result = {}
         for (_, _, device, _), group in groups.items():
-            for stack in _stacks(list(group.values()), lambda a: a.m * a.r * a.b**2, _MOST_BLOCKS, device):
+            # In the order in which weights are stacked, so that the blocks of a stack of weights lie side by side.
+            adapters = sorted(group.values(), key=lambda adapter: (adapter.d, adapter.n))
+            for stack in _stacks(adapters, lambda a: a.m * a.r * a.b**2, _MOST_BLOCKS, device):
                 references = [weakref.ref(adapter) for adapter in stack]
                 result |= {id(adapter): references for adapter in stack}
         return result
@@ -162,13 +164,25 @@ def _rotated_with_graph(layers: Sequence[BOFTLayer]) -> list[Rotated]:
     adapters = [layer.effective_adapters()[0] for layer in layers]
     dtype = layers[0].rotation_dtype
     skew = _side_by_side([adapter.skew for adapter in adapters]).to(dtype)
-    blocks = _side_by_side([adapter.blocks_of(adapter.skew) for adapter in adapters]).to(dtype)
+    blocks = _blocks_of(adapters).to(dtype)
     scales = [adapter.output_scale() for adapter in adapters]
     scale = None if scales[0] is None else torch.stack(scales).to(dtype)
     weights = [layer.base_weight.flatten(1) for layer in layers]
     rotated = rotated_weights(weights, skew, blocks, scale, adapters[0].levels)
     parts = zip(layers, adapters, rotated, strict=True)
     return [(layer.shaped(weight), layer.adapted_bias([adapter], dtype)) for layer, adapter, weight in parts]
+
+
+def _blocks_of(adapters: Sequence[ButterflyAdapter]) -> Tensor:
+    """The orthogonal blocks [m, Σr, b, b] of adapters in training: where they lie, if they lie side by side."""
+    parts = [adapter.blocks_of(adapter.skew) for adapter in adapters]
+    stack, first = adapters[0].kept_blocks
+    stop = first
+    for adapter in adapters:
+        if adapter.kept_blocks[0] is not stack or adapter.kept_blocks[1] != stop:
+            return _side_by_side(parts)
+        stop += adapter.r
+    return stack[:, first:stop]
 
 
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
@@ -197,12 +211,13 @@ def _alike(layers: Sequence[BOFTLayer]) -> Iterator[list[BOFTLayer]]:
 
 def _renew(adapters: Sequence[ButterflyAdapter]) -> None:
     """Make the blocks of these adapters in one go, over those of the last step where they lie side by side."""
-    memory = adapters[0].stacked_blocks
-    usable = all(adapter.stacked_blocks is memory for adapter in adapters)
-    stack = stacked_blocks([adapter.skew for adapter in adapters], adapters[0].b, memory if usable else None)
-    parts = stack.split([adapter.r for adapter in adapters], dim=1)
-    for adapter, part in zip(adapters, parts, strict=True):
-        adapter.keep_blocks(part, stack)
+    kept = [adapter.kept_blocks for adapter in adapters]
+    memory = kept[0][0] if None not in kept and all(k[0] is kept[0][0] for k in kept) else None
+    stack = stacked_blocks([adapter.skew for adapter in adapters], adapters[0].b, memory)
+    start = 0
+    for adapter in adapters:
+        adapter.keep_blocks(stack, start)
+        start += adapter.r
 
 
 def _stacks(

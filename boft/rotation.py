@@ -393,19 +393,24 @@ def _cayley_by_products(pieces: Sequence[Tensor], out: Tensor, quick: bool) -> N
     fourth = torch.bmm(square, square, out=_scratch("fourth", q, q.shape))
     # ‖S‖² = ‖S²‖, at most its Frobenius norm: close enough, and no eigenvalue is computed.
     bounds = torch.linalg.vector_norm(fourth, dim=(-2, -1)).sqrt() / 4
-    largest = bounds.amax().item()
+    norm = largest(bounds)
     longest = max(_DEGREES)
-    degree = next((d for d in _DEGREES if largest <= _reach(d)), longest) if quick else longest
+    degree = next((d for d in _DEGREES if norm <= _reach(d)), longest) if quick else longest
     powers = [square, fourth]
     if _DEGREES[degree] == 3:
         powers.append(torch.bmm(fourth, square, out=_scratch("sixth", q, q.shape)))
-    beyond = None if largest <= _LARGEST else ~(bounds <= _LARGEST)  # so that what is not a number is, too
+    beyond = None if norm <= _LARGEST else ~(bounds <= _LARGEST)  # so that what is not a number is, too
     solved = None if beyond is None else cayley(q[beyond] / -2)
     p = _polynomial([c / 4**k for k, c in enumerate(_coefficients(degree))], powers)
     q.diagonal(dim1=-2, dim2=-1).add_(2)
     torch.bmm(q, p, out=out).diagonal(dim1=-2, dim2=-1).sub_(1)
     if solved is not None:
         out[beyond] = solved
+
+
+def largest(bounds: Tensor) -> float:
+    """The largest of some numbers, read back: once a stack and step, for which a GPU has to be waited for."""
+    return bounds.amax().item()
 
 
 def _polynomial(coefficients: Sequence[float], powers: Sequence[Tensor]) -> Tensor:

@@ -25,6 +25,7 @@ from boft.data import Sequences, collate, sample_numbers
 from boft.errors import BOFTError
 from boft.latents import Conditioning, encode_pictures, text_encoders
 from boft.loss import denoising_losses, draw_noise, draw_timesteps, min_snr_weights, prediction_target
+from boft.memory import keep_freed_memory
 from boft.program import stop_signals
 from boft.seeding import Stream, derive_seed
 
@@ -166,6 +167,8 @@ def train(run: Run, after_step: Callable[[Run], None]) -> bool:
     finite.
     """
     config, accelerator = run.config, run.accelerator
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     batches = run.batches()
     bar = tqdm(
         total=config.max_train_steps,

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import methods, speed
+from benchmarks import launches, methods, speed
 from boft.errors import BOFTError
 
 ROOT = Path(__file__).parents[1]
@@ -60,3 +61,25 @@ def test_a_peer_that_is_not_installed_is_named():
     absent = methods.Method("x", "Some peer", lambda unet: [], package="no-such-package")
     with pytest.raises(BOFTError, match="no-such-package: pip install -r benchmarks/requirements.txt"):
         methods.require_packages([absent])
+
+
+def test_kernels_and_memory_are_counted_by_shapes_alone():
+    counter = launches.Counter()
+    x = torch.empty(1000, device="meta")
+    counter.hold(x)
+    with counter:
+        y = x.view(10, 100) * 2  # a view launches nothing
+        z = (y + 1).t()
+        del y
+        torch.mul(z, z, out=torch.empty_like(z))
+    assert counter.kernels == 3
+    assert (counter.held, counter.peak) == (8000, 12000)  # x and z; and the result that nobody kept
+
+
+def test_a_step_launches_no_more_kernels_than_lora_s(tmp_path, monkeypatch):
+    monkeypatch.setattr(launches, "SETTINGS", [(1, True)])
+    file = tmp_path / "launches.json"
+    assert speed.main(["--preset", "launches", "--methods", "peft-boft", "boft-m5-r16", "--json", str(file)]) == 0
+    rows = {row["method"]: row for row in json.loads(file.read_text())["rows"]}
+    assert 0.5 < rows["boft-m5-r16"]["kernels_vs_lora"] <= 1 < rows["peft-boft"]["kernels_vs_lora"]
+    assert rows["boft-m5-r16"]["peak_vs_lora"] < 1.25
