@@ -117,7 +117,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--freed_memory",
         choices=["kept", "given_back"],
         default="kept",
-        help="on a CPU and for every method alike: kept, as our training scripts have it, or given back, as is glibc's way",
+        help="on a CPU, for every method alike: kept, as our training scripts do, or given back, as is glibc's way",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE")

@@ -13,9 +13,9 @@ def keep_freed_memory() -> bool:
     """Have the process keep the memory that it frees, for its next allocations; whether that could be set.
 
     A training step allocates and frees the same tensors over and over. By default glibc gives the larger ones back to
-    the system, which clears every page again before it hands it out: a sixth of a step's time on Stable Diffusion's UNet
-    in float32 on two cores (`python -m benchmarks.speed --freed_memory given_back` measures it). The most that is ever
-    held does not change. Elsewhere than with glibc nothing is done.
+    the system, which clears every page again before it hands it out: a part of a step's time that `python -m
+    benchmarks.speed --freed_memory given_back` shows. The most that is ever held does not change. Elsewhere than with
+    glibc nothing is done.
     """
     if sys.platform != "linux":
         return False
