@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from diffusers import DiffusionPipeline
 
 from app.adapters import AdapterFolders
 from app.service import opened, read_upload
@@ -92,6 +93,17 @@ def presets() -> list[Preset]:
         name = file.stem.removeprefix("dreambooth_")
         found.append(Preset(name, file, values.get("max_train_steps", 400), values.get("resolution", 512)))
     return found
+
+
+def preset_for(base_model: str, pipe: DiffusionPipeline, known: Sequence[Preset]) -> Preset:
+    """Of the known presets the one for this base model, the embedded one's or that of its architecture."""
+    if Path(base_model).parts[-2:] == ("pocket", "model"):
+        wanted = "pocket"
+    elif getattr(pipe, "text_encoder_2", None) is not None:
+        wanted = "sdxl"
+    else:
+        wanted = "sd21" if pipe.unet.config.cross_attention_dim == 1024 else "sd15"
+    return next((preset for preset in known if preset.name == wanted), known[0])
 
 
 class Training:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.methods import METHODS, TRAINED_NORM, require_packages
 from benchmarks.worker import UNETS
-from boft import rotation
+from boft import layers, rotation
 
 # Operations that make a tensor without launching a kernel.
 _FREE = ("empty", "detach", "_unsafe_view", "lift_fresh", "alias")
@@ -35,6 +35,8 @@ _FREE = ("empty", "detach", "_unsafe_view", "lift_fresh", "alias")
 SETTINGS = [(1, False), (4, False), (1, True)]
 RESOLUTION = 512
 METHOD_KEYS = ["frozen", "lora", "oftv2", "peft-boft", "boft-m1-r16", "boft-m5-r16"]
+# After a method of ours: with the tokens rotated in every layer, instead of what is chosen for a GPU.
+TOKENS = " tokens"
 
 
 class Counter(TorchDispatchMode):
@@ -91,25 +93,26 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, **options: object) -> 
 
 
 @contextmanager
-def _virtually() -> Iterator[None]:
+def _virtually(tokens: bool) -> Iterator[None]:
     """What needs values or a GPU's kernels is made up: fused attention, and blocks as large as trained ones."""
     with (
         mock.patch.object(F, "scaled_dot_product_attention", _attention),
         mock.patch.object(rotation, "largest", lambda bounds: (1.25 * TRAINED_NORM) ** 2),
+        mock.patch.object(layers.BOFTLayer, "_rotates_input", lambda *_: True) if tokens else nullcontext(),
     ):
         yield
 
 
 def count(key: str, unet_name: str, resolution: int, batch: int, checkpointing: bool) -> dict[str, Any]:
     """Kernels, multiplications and additions, and peak bytes of a step; the optimizer's own kernels left out."""
-    method = METHODS[key]
+    method, tokens = METHODS[key.removesuffix(TOKENS)], key.endswith(TOKENS)
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, **UNETS[unet_name]).requires_grad_(False)
     # PEFT's BOFT reads values while it is put on; they may be any.
     method.attach(unet.to_empty(device="cpu"))
     unet.to("meta")
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    with torch.device("meta"), _virtually():
+    with torch.device("meta"), _virtually(tokens):
         if checkpointing:
             unet.enable_gradient_checkpointing()
         unet.train()
@@ -135,13 +138,15 @@ def count(key: str, unet_name: str, resolution: int, batch: int, checkpointing: 
             step()
     facts = method.facts(unet)
     counts = {"kernels": counter.kernels, "operations": operations.get_total_flops(), "peak": counter.peak}
-    return {"method": key, "label": method.label} | counts | facts
+    label = f"{method.label}, tokens rotated" if tokens else method.label
+    return {"method": key, "label": label} | counts | facts
 
 
 def run(json_path: Path | None, methods: Sequence[str] | None) -> None:
     """Count, print a table, and write JSON where asked."""
     keys = list(dict.fromkeys(["lora", *(methods or METHOD_KEYS)]))
     require_packages([METHODS[key] for key in keys])
+    keys += [] if methods else [METHOD_KEYS[-1] + TOKENS]
     rows = []
     for batch, checkpointing in SETTINGS:
         setting = {"unet_name": "sd15", "resolution": RESOLUTION, "batch": batch, "checkpointing": checkpointing}

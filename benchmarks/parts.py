@@ -15,7 +15,7 @@ from benchmarks.growth import side_by_side
 from benchmarks.methods import TRAINED_NORM
 from benchmarks.worker import UNETS
 from boft.butterfly import cayley, rotate, skew_matrix
-from boft.rotation import butterfly_rotation, cayley_blocks
+from boft.rotation import butterfly_rotation, cayley_blocks, rotated_weights, stacked_blocks
 
 M, R = 5, 16
 # Layers of each kind, their inputs d, and columns to rotate: tokens, or rows of the weight where these are fewer.
@@ -56,7 +56,7 @@ def floor() -> str:
     rotations = cayleys = 0
     for _, count, d, c in SHAPES:
         b = d // R
-        # Out; output and gradient back; the gradient of the blocks.
+        # Out; output (or the weight again) and gradient; the gradient of the blocks.
         rotations += count * 4 * 2 * c * d * b * M
         rotations += count * 2 * WEIGHT_SIDE_TOKENS.get(d, 0) * d * d
         cayleys += count * PRODUCTS * 2 * M * R * b**3
@@ -73,31 +73,34 @@ def costs(d: int, c: int, repeats: int) -> dict[str, float]:
     torch.manual_seed(0)
     b = d // R
     skew = (torch.randn(M, R, b * (b - 1) // 2) * TRAINED_NORM / (2 * b**0.5)).requires_grad_()
-    columns, gradient = torch.randn(2, d, c)
-    columns.requires_grad_()
+    # As tokens and weights lie, feature beside feature.
+    columns, gradient = torch.randn(2, c, d).mT
+    columns.requires_grad_(d not in WEIGHT_SIDE_TOKENS)
     blocks = cayley_blocks(skew, b)
     free = blocks.clone().requires_grad_()
     g_blocks = torch.randn_like(blocks)
 
     def backward(make: Callable[[], Tensor], inputs: list[Tensor], g: Tensor) -> Callable[[], object]:
+        inputs = [tensor for tensor in inputs if tensor.requires_grad]
         return lambda: torch.autograd.grad(make(), inputs, g)
 
     levels = range(M)
 
     def kept() -> Tensor:
+        if d in WEIGHT_SIDE_TOKENS:
+            return rotated_weights([columns.t()], skew, blocks, None, levels)[0].t()
         return butterfly_rotation(columns, skew, blocks, levels, True)
 
     def fast() -> Tensor:
-        return butterfly_rotation(columns, skew, cayley_blocks(skew, b, out=blocks, quick=True), levels, True)
+        stacked_blocks([skew], b, blocks)
+        return kept()
 
     return side_by_side(
         {
             "lapack": backward(lambda: cayley(skew_matrix(skew, b)), [skew], g_blocks),
-            "products": lambda: cayley_blocks(skew, b, out=blocks, quick=True),
+            "products": lambda: stacked_blocks([skew], b, blocks),
             "autograd": backward(lambda: rotate(columns, free, levels, True), [columns, free], gradient),
-            "closed": backward(
-                lambda: butterfly_rotation(columns, skew, blocks, levels, True), [columns, skew], gradient
-            ),
+            "closed": backward(kept, [columns, skew], gradient),
             "whole": backward(fast, [columns, skew], gradient),
         },
         repeats,

@@ -57,6 +57,8 @@ _READABLE_DTYPES = ("F32", "F16", "BF16")
 _MOST_FEATURES = 2**24
 # Beyond it 1 + q is q in float32, so that (I - Q)(I + Q)⁻¹ is no rotation any more, nor always finite.
 _LARGEST = 2.0**24
+# Older transformers have this before the name of every layer of CLIP's text encoder.
+_TEXT_MODEL = "text_model."
 
 
 def save_adapter(
@@ -446,16 +448,19 @@ def _build_adapters(
     modules = {component: inject.outer_modules(module) for component, module in components.items()}
     settings = {component: BOFTConfig.from_dict(values) for component, values in config["config"].items()}
     adapters: dict[str, dict[str, ButterflyAdapter]] = {component: {} for component in components}
+    keys: dict[ButterflyAdapter, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for key, entry in config["layers"].items():
         component, module_name = key.split(".", 1)
-        if module_name not in modules[component]:
+        module_name = _as_named_here(module_name, modules[component])
+        if module_name is None or module_name in adapters[component]:
             owner = type(components[component]).__name__
             raise BOFTError(f"'{path}' adapts layer '{key}', which {owner} does not have")
         require_same_layer(inject.base_of(modules[component][module_name]), key, entry, path)
         # On no device until the tensors themselves have been checked.
         adapter = ButterflyAdapter(_layer_config(settings[component], entry), entry["in"], entry["out"], device="meta")
         adapters[component][module_name] = adapter.requires_grad_(False)
+        keys[adapter] = key
         shapes |= _layer_shapes(key, adapter)
     heads = {
         component: _empty_head(components[component], entry, path, vae_scale_factor)
@@ -473,9 +478,15 @@ def _build_adapters(
         for module_name, adapter in by_module.items():
             device = inject.base_of(modules[component][module_name]).weight.device
             parts = [part for part, _ in adapter.named_parameters()]
-            values = {part: tensors[f"{component}.{module_name}.boft_{part}"].to(device) for part in parts}
+            values = {part: tensors[f"{keys[adapter]}.boft_{part}"].to(device) for part in parts}
             adapter.load_state_dict(values, assign=True)
     return adapters, heads
+
+
+def _as_named_here(module_name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The name of a layer in this model, or None; the file may have been written with another transformers."""
+    others = (_TEXT_MODEL + module_name, module_name.removeprefix(_TEXT_MODEL))
+    return next((name for name in (module_name, *others) if name in modules), None)
 
 
 def _layer_config(settings: BOFTConfig, entry: Mapping[str, Any]) -> BOFTConfig:

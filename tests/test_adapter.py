@@ -70,6 +70,32 @@ def rewrite(directory, change_tensors=None, change_config=None, metadata=True) -
     save_file(tensors, directory / WEIGHTS_NAME, metadata={"boft": text} if metadata else None)
 
 
+@pytest.mark.parametrize("written_with", ["old", "new"])
+def test_text_encoders_load_whatever_transformers_called_their_layers(tmp_path, written_with):
+    torch.manual_seed(0)
+    new = CLIPTextModel()
+    old = nn.ModuleDict({"text_model": copy.deepcopy(new)})
+    theirs, ours = (old, new) if written_with == "old" else (new, old)
+    boft.add_adapter(theirs, boft.BOFTConfig(m=1, b=4, target_modules=["to_q"]))
+    for parameter in boft.trainable_parameters(theirs):
+        parameter.data += torch.randn_like(parameter)
+    directory = boft.save_adapter({"text_encoder": theirs}, tmp_path / "adapter")
+    boft.load_adapter({"text_encoder": ours}, directory)
+    (loaded,), (trained,) = boft.inject.boft_layers(ours).values(), boft.inject.boft_layers(theirs).values()
+    assert torch.equal(loaded.eval()(X[:, :8]), trained.eval()(X[:, :8]))
+
+
+def test_one_layer_under_two_names_is_refused(tmp_path):
+    model = nn.ModuleDict({"to_q": nn.Linear(8, 8), "text_model": nn.ModuleDict({"to_q": nn.Linear(8, 8)})})
+    boft.add_adapter(model, boft.BOFTConfig(m=1, b=4, target_modules=["to_q"]))
+    directory = boft.save_adapter({"text_encoder": model}, tmp_path / "adapter")
+    boft.load_adapter({"text_encoder": copy.deepcopy(boft.remove_adapter(model) or model)}, directory)
+    with pytest.raises(
+        boft.BOFTError, match="adapts layer 'text_encoder.text_model.to_q', which CLIPTextModel does not"
+    ):
+        boft.load_adapter({"text_encoder": CLIPTextModel()}, directory)
+
+
 @pytest.mark.parametrize("alone", [False, True])
 def test_round_trip_gives_the_same_outputs_bit_for_bit(base, tmp_path, alone):
     trained = adapted(base)

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -120,6 +121,21 @@ def test_the_command_is_what_the_script_takes_and_every_word_stays_one_argument(
     assert settings.with_prior_preservation and settings.max_train_steps == 3
     assert settings.pretrained_model_name_or_path == training.base_model
     assert not read_settings(DreamBoothConfig, training.command(order(preset="pocket"))[2:]).with_prior_preservation
+
+
+@pytest.mark.parametrize(
+    ("base_model", "width", "second", "name"),
+    [
+        ("pocket/model", 128, None, "pocket"),
+        ("runs/merged", 768, None, "sd15"),
+        ("stabilityai/stable-diffusion-2-1", 1024, None, "sd21"),
+        ("models/my-xl", 2048, object(), "sdxl"),
+    ],
+)
+def test_the_preset_offered_first_is_the_base_model_s(base_model, width, second, name):
+    config = SimpleNamespace(cross_attention_dim=width)
+    pipe = SimpleNamespace(unet=SimpleNamespace(config=config), text_encoder_2=second)
+    assert jobs.preset_for(base_model, pipe, jobs.presets()).name == name
 
 
 def test_the_presets_are_those_of_the_configs():

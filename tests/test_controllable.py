@@ -11,7 +11,6 @@ import numpy as np
 import programs
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from programs import TWO_PROCESSES, finish
 from safetensors.torch import load_file
@@ -28,14 +27,6 @@ from boft.training import train
 from boft.validation import read_validation_pairs
 
 start = partial(programs.start, "train_controllable_boft.py")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps one state a process; each test is to be a program of its own."""
-    yield
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._shared_state.clear()
 
 
 @pytest.fixture(scope="module")

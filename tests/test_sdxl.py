@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image, ImageOps
 from programs import ROOT, TWO_PROCESSES, finish, start
@@ -26,14 +25,6 @@ from boft.training import DenoisingObjective
 
 PROMPTS = ["a sks", "b c", "a sks"]
 IDS = torch.tensor([[20.0, 30, 0, 4, 16, 16], [16, 16, 0, 0, 16, 16], [40, 20, 7, 0, 16, 16]])
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps one state a process; each test is to be a program of its own."""
-    yield
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._shared_state.clear()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
@@ -65,18 +64,6 @@ PRESET_SHAPES = {
 }
 
 
-def forget_accelerate() -> None:
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._shared_state.clear()
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps one state a process; each test is to be a program of its own."""
-    yield
-    forget_accelerate()
-
-
 @pytest.fixture(scope="session")
 def base_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "model"
@@ -113,7 +100,7 @@ def make_config(tmp_path, base_model):
 
 
 @pytest.fixture
-def run_script(monkeypatch):
+def run_script(monkeypatch, forget_accelerate):
     """The training script's main on ready settings, with something done after chosen steps; its exit code."""
 
     def run(config: DreamBoothConfig, **after: object) -> int:

@@ -2,7 +2,6 @@
 
 import html
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -18,6 +17,7 @@ from app.jobs import (
     Progress,
     Training,
     TrainingOrder,
+    preset_for,
     presets,
 )
 from app.service import Service
@@ -30,7 +30,7 @@ several sides, in different places. Afterwards a prompt such as *“a sks vase o
 def train_tab(page: gr.Blocks, service: Service, training: Training, lists: Sequence[tuple[gr.Dropdown, bool]]) -> None:
     """Build the tab. `lists` are the other tabs' lists of adapters, with whether each offers the base model too."""
     known = presets()
-    default = _preset_for(service.base_model, known)
+    default = preset_for(service.base_model, service.pipe, known)
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=320):
             gr.Markdown(HELP)
@@ -139,11 +139,6 @@ def train_tab(page: gr.Blocks, service: Service, training: Training, lists: Sequ
 
 def _still(value: str, names: Sequence[str]) -> str | None:
     return value if value in names or value == "" else (names[0] if names else None)
-
-
-def _preset_for(base_model: str, known: Sequence[Any]) -> Any:
-    wanted = "pocket" if Path(base_model).name == "model" and Path(base_model).parent.name == "pocket" else "sd"
-    return next((preset for preset in known if preset.name.startswith(wanted)), known[0])
 
 
 def _bar(progress: Progress) -> str:
