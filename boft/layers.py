@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from boft.adapter_config import BOFTConfig
 from boft.butterfly import cayley, dropout_mask, full_precision, rotate, skew_matrix
 from boft.errors import BOFTError
-from boft.peers import Peers, adapted_weights
+from boft.peers import Peers, adapted_weights, stacked_columns
 from boft.rotation import butterfly_rotation, cayley_blocks
 
 # One multiplication of a rotation, forward and backward, in multiplications of a plain matrix product: it is done four
@@ -242,8 +242,7 @@ class BOFTLayer(nn.Module):
     def adapted_parameters(self, dropout: bool = False) -> tuple[Tensor, Tensor | None]:
         """(W', bias') in the base layer's dtype and shapes: one differentiable function of base weight and adapters."""
         adapters = self.effective_adapters()
-        # Laid out as in a stack of several layers, so that all ways to W' are the same products, and the same bits.
-        columns = self.columns().contiguous()
+        columns = stacked_columns([self])[0]
         for adapter in adapters:
             columns = adapter.rotated(columns, dropout)
             if adapter is not adapters[-1] and (scale := adapter.output_scale()) is not None:
@@ -276,8 +275,12 @@ class BOFTLayer(nn.Module):
     def as_weight(self, columns: Tensor) -> Tensor:
         """Columns [d, n] as a weight like the base layer's, and laid out like it, but in memory of its own."""
         # Laid out like the base weight, so that the same kernel runs: an untrained adapter is exactly the base layer.
-        weight = self.base_weight
-        return columns.t().to(weight.dtype).clone(memory_format=torch.contiguous_format).view(weight.shape)
+        base = self.base_weight
+        weight = columns.t().to(base.dtype).contiguous()
+        if torch.compiler.is_compiling():
+            return weight.view(base.shape)
+        shared = weight.untyped_storage().nbytes() > weight.nbytes or weight.data_ptr() == base.data_ptr()
+        return (weight.clone() if shared else weight).view(base.shape)
 
     def shaped(self, weight: Tensor) -> Tensor:
         """A weight [n, d] in the base layer's shape. A linear layer's stays a view: products read it as it lies."""

@@ -192,8 +192,19 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
 def _rotated_stack(layers: Sequence[BOFTLayer], skew: Tensor, blocks: Tensor) -> Tensor:
     """R Wᵀ [L, d, n] of L layers that are alike; skew and blocks are of one adapter each, side by side."""
     adapter = layers[0].effective_adapters()[0]
-    columns = torch.stack([layer.columns() for layer in layers])
-    return butterfly_rotation(columns.flatten(0, 1), skew, blocks, adapter.levels, False).view_as(columns)
+    columns = stacked_columns(layers)
+    return butterfly_rotation(columns.flatten(0, 1), skew, blocks, adapter.levels, False).view(columns.shape)
+
+
+def stacked_columns(layers: Sequence[BOFTLayer]) -> Tensor:
+    """The base weights of L layers that are alike as columns [L, d, n], a view where one is too large for a stack.
+
+    All ways to W' without a backward start here, so that they are the same products, and the same bits.
+    """
+    weight = layers[0].base_weight
+    if len(layers) == 1 and weight.numel() > _limit(_MOST_COLUMNS, weight.device):
+        return layers[0].columns()[None]
+    return torch.stack([layer.columns() for layer in layers])
 
 
 def _alike(layers: Sequence[BOFTLayer]) -> Iterator[list[BOFTLayer]]:
@@ -224,7 +235,7 @@ def _stacks(
     items: Sequence[Item], size: Callable[[Item], int], most: dict[str, int], device: torch.device
 ) -> Iterator[list[Item]]:
     """The items in stacks of no more numbers than suit the device, at least one item each."""
-    limit = most.get(device.type, most["cuda"])
+    limit = _limit(most, device)
     stack: list[Item] = []
     total = 0
     for item in items:
@@ -235,3 +246,7 @@ def _stacks(
         total += size(item)
     if stack:
         yield stack
+
+
+def _limit(most: dict[str, int], device: torch.device) -> int:
+    return most.get(device.type, most["cuda"])

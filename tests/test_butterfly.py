@@ -4,7 +4,17 @@ import pytest
 import torch
 from dense_twin import dense_cayley, dense_factors, dense_matrix, dense_skew
 
-from boft.butterfly import cayley, dropout_mask, fits, geometries, nearest_geometries, random_share, rotate, skew_matrix
+from boft.butterfly import (
+    cayley,
+    dropout_mask,
+    fits,
+    full_precision,
+    geometries,
+    nearest_geometries,
+    random_share,
+    rotate,
+    skew_matrix,
+)
 
 # Width: block sizes. Every valid m is tried for each, odd blocks and full OFT (b = d) among them.
 BLOCK_SIZES = {8: (2, 4, 8), 24: (2, 3, 4, 6, 12, 24), 320: (2, 5, 10, 20, 160, 320), 768: (2, 3, 12, 48, 384)}
@@ -165,3 +175,19 @@ def test_dropout_mask_follows_the_seed():
 def test_shapes_can_be_worked_out_on_the_meta_device():
     skew = torch.zeros(2, 4, 28, device="meta")
     assert fast_rotate(torch.empty(32, 5, device="meta"), skew, 8).shape == (32, 5)
+
+
+def test_tf32_is_off_while_blocks_are_rotated_on_a_gpu():
+    kept = torch.get_float32_matmul_precision()
+    products = torch.backends.cuda.matmul
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert products.fp32_precision == "tf32"
+        with pytest.raises(RuntimeError), full_precision(torch.device("cuda")):
+            assert products.fp32_precision == "ieee"
+            raise RuntimeError
+        assert products.fp32_precision == "tf32" and products.allow_tf32
+        with full_precision(torch.device("cpu")):
+            assert products.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(kept)
