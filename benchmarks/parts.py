@@ -41,7 +41,10 @@ def run(json_path: Path | None, repeats: int) -> None:
         cells = [f"{row[key]:.2f}" for key in ("lapack", "products", "autograd", "closed", "whole")]
         lines.append(f"| {row['layers']} | {row['count']} × | {' | '.join(cells)} |")
     print("\n".join(lines))
-    print(f"\nOperations of a step, in 10⁹: {floor()}")
+    total = {key: sum(row["count"] * row[key] for row in rows) for key in ("products", "closed", "whole")}
+    parts = f"Cayley transforms {total['products']:.0f}, rotations {total['closed']:.0f}"
+    print(f"\nMilliseconds of a step: {parts}, both in turn {total['whole']:.0f}")
+    print(f"Operations of a step, in 10⁹: {floor()}")
     if json_path is not None:
         json_path.write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -32,6 +32,7 @@ from benchmarks import growth, launches, parts
 from benchmarks.methods import METHODS, OURS, require_packages
 from benchmarks.worker import UNETS
 from boft.errors import BOFTError
+from boft.memory import keep_freed_memory
 from boft.program import run_program
 
 PEERS = ["frozen", "lora", "oftv2", "peft-boft", "lycoris-boft"]
@@ -80,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         arguments = parse(argv)
+        if arguments.preset in ("growth", "parts") and arguments.freed_memory == "kept":
+            keep_freed_memory()  # the presets that measure in this process
         if arguments.preset == "growth":
             growth.run(arguments.json, arguments.plot, arguments.steps or 9)
             return
