@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         save_checkpoint(run)
         log.info("Stopped at step %d. To go on: the same command with --resume_from_checkpoint latest", run.step)
-    accelerator.end_training()
+    run.end()
     return 0 if finished else 130
 
 

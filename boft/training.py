@@ -159,6 +159,14 @@ class Run:
             yield self.pipe
         self.park_encoders()
 
+    def end(self) -> None:
+        """End the trackers and the group of processes, after all else."""
+        # The data-parallel wrapper holds that group. Were it the last to, it would wait for gloo's thread with Python's
+        # lock in hand, which that thread may be waiting for: now and then a run would never end.
+        self.objective = self.accelerator.unwrap_model(self.objective)
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
 
 def train(run: Run, after_step: Callable[[Run], None]) -> bool:
     """Optimizer steps from `run.step` to the last, `after_step` called after each; False when told to stop early.

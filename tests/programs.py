@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # On CPUs, `accelerate launch` starts one process unless MPI is there; the processes themselves go through accelerate.
 TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+TWO_PROCESSES += (str(ROOT / "tests" / "ended_in_order.py"),)
 
 
 def start(script: str, *arguments: object, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
@@ -21,5 +22,9 @@ def start(script: str, *arguments: object, launcher: tuple[str, ...] = (sys.exec
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
     """Exit code and stderr."""
-    _, errors = process.communicate(timeout=300)
+    try:
+        _, errors = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # a launcher ends its processes, too
+        raise
     return process.returncode, errors

@@ -338,6 +338,7 @@ def test_two_processes_learn_what_one_learns_at_the_same_global_batch(tmp_path, 
     for process in processes:
         code, errors = finish(process)
         assert code == 0, errors
+    assert errors.count("ended in order") == 2
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for key in one:
