@@ -59,7 +59,7 @@ def test_cayley_of_products_has_the_rounding_error_of_float32(b, norm):
     exact = torch.stack([dense_cayley(dense_skew(triangle, b)) for triangle in skew])
     blocks = cayley_blocks(skew.float(), b)
     assert blocks.dtype == torch.float32
-    # Solving as LAPACK does leaves less, of the same order; the rounding of the parameters themselves grows with the norm.
+    # Solving as LAPACK does leaves little less; the rounding of the parameters themselves grows with the norm.
     assert (blocks.double() - exact).abs().max() < 2e-6 * max(1, norm)
     product = blocks.double().mT @ blocks.double()
     assert (product - torch.eye(b, dtype=torch.float64)).abs().max() < 3e-6
