@@ -29,6 +29,7 @@ class AdapterCard:
     prompts: tuple[str, ...]
     layers: int
     base_model: str | None
+    subject: str = ""  # what a prompt calls the subject; "" where the adapter's record does not say
 
     @property
     def kind(self) -> str:
@@ -106,6 +107,7 @@ class AdapterFolders:
             tuple(config["prompts"]),
             len(config["layers"]),
             config["base_model"],
+            "" if control else _subject(config),
         )
         # The page asks again and again, while a slider moves and a strip fills.
         self._cards[name] = ((folder, stamp), card)
@@ -120,6 +122,16 @@ class AdapterFolders:
             except BOFTError:
                 continue
         return cards
+
+    def prompt(self, name: str, current: str, usual: str) -> str:
+        """What to draw with an adapter just chosen: its subject, or what is usual; a prompt that a person wrote stays.
+
+        `name` is "" for the base model alone.
+        """
+        ours = {usual, *(card.subject for card in self.cards())}
+        if current.strip() and current not in ours:
+            return current
+        return (self.card(name).subject if name else "") or usual
 
     def examples(self, name: str) -> list[ControlExample]:
         """The control images in the adapter's subfolder `controls`, by file name; only whole pictures."""
@@ -144,6 +156,13 @@ class AdapterFolders:
                 if inside and not child.name.startswith("."):
                     found.setdefault(child.name, child)
         return found
+
+
+def _subject(config: dict[str, Any]) -> str:
+    """The prompt of the subject's photos, as the training that made the adapter recorded it."""
+    training = config["extra"].get("training")
+    prompt = training.get("instance_prompt") if isinstance(training, dict) else None
+    return prompt if isinstance(prompt, str) else ""
 
 
 def _read_landmarks(path: Path) -> dict[str, Any]:

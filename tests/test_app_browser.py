@@ -145,6 +145,33 @@ def _at(pipe, factors: float) -> Image.Image:
     return generate(pipe, [PROMPT], [0], control_images=[Image.open(CONTROL)])[0]
 
 
+def choose(page, list_id: str, adapter: str) -> None:
+    page.locator(f"#{list_id} input").click()
+    page.locator("ul[role=listbox] li", has_text=adapter).click()
+
+
+def test_an_adapter_brings_its_subject_along_until_a_prompt_is_written(page):
+    value = "document.querySelector('#{}-prompt textarea').value === '{}'"
+    choose(page, "generate-adapter", "vase")
+    page.wait_for_function(value.format("generate", "a sks vase"))
+    choose(page, "generate-adapter", "landmarks")
+    page.wait_for_function(value.format("generate", PROMPT))
+    show(page, "Interpolate")
+    page.wait_for_selector("#interpolate-picture img")
+    before = page.locator("#interpolate-picture img").get_attribute("src")
+    choose(page, "interpolate-adapter", "vase")
+    page.wait_for_function(value.format("interpolate", "a sks vase"))
+    page.wait_for_function(f"document.querySelector('#interpolate-picture img')?.src !== '{before}'")
+    pipe = load_pipeline(ROOT / "pocket" / "model", ROOT / "examples" / "vase", device="cpu")
+    (vase,) = generate(pipe, ["a sks vase"], [0])
+    assert near(fetch(page, "#interpolate-picture img"), vase)
+    page.fill("#interpolate-prompt textarea", "a sks vase at night")
+    choose(page, "interpolate-adapter", "landmarks")
+    page.wait_for_selector("#landmark-editor circle")
+    page.wait_for_timeout(1000)
+    assert page.locator("#interpolate-prompt textarea").input_value() == "a sks vase at night"
+
+
 def test_a_landmark_that_is_moved_gives_another_control_image_and_picture(page):
     show(page, "Interpolate")
     page.wait_for_selector("#landmark-editor circle")

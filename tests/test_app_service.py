@@ -268,6 +268,23 @@ def test_a_card_says_what_an_adapter_is(service):
     json.dumps(service.describe())
 
 
+def test_a_prompt_follows_the_adapter_until_a_person_writes_one(service, world_on_disk, tmp_path):
+    model, _ = world_on_disk
+    folder = write_adapter(model, tmp_path / "trained" / "mine", 1)
+    record = json.loads((folder / "adapter_config.json").read_text())
+    record["extra"] = {"training": {"instance_prompt": "a sks cup"}}
+    (folder / "adapter_config.json").write_text(json.dumps(record))
+    adapters = AdapterFolders([tmp_path / "trained", *service.adapters.folders])
+    assert adapters.prompt("mine", "", "a dog") == adapters.prompt("mine", "a dog", "a dog") == "a sks cup"
+    assert adapters.prompt("edges", "a sks cup", "a dog") == adapters.prompt("", "a sks cup", "a dog") == "a dog"
+    assert adapters.prompt("mine", "a cat", "a dog") == adapters.prompt("two", "a cat", "a dog") == "a cat"
+    # What others wrote into the record may be anything.
+    for extra in ({}, {"training": None}, {"training": {"instance_prompt": 3}}):
+        (folder / "adapter_config.json").write_text(json.dumps(record | {"extra": extra}))
+        os.utime(folder / "adapter_model.safetensors", ns=(1, len(str(extra))))
+        assert adapters.prompt("mine", "", "a dog") == "a dog"
+
+
 def test_an_adapter_that_cannot_be_read_is_named_when_chosen_and_hides_no_other(service, tmp_path):
     (tmp_path / "served" / "broken").mkdir(parents=True)
     (tmp_path / "served" / "broken" / "adapter_model.safetensors").write_text("no weights")

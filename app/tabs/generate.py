@@ -39,7 +39,13 @@ def generate_tab(page: gr.Blocks, service: Service, prompt: str) -> gr.Dropdown:
                 )
                 refresh = gr.Button("Look again", size="sm", min_width=80, scale=1, elem_id="generate-refresh")
             card = gr.Markdown(start.markdown() if start else BASE_CARD, elem_classes="card")
-            words = gr.Textbox(prompt, label="Prompt", lines=2, placeholder="What to draw", elem_id="generate-prompt")
+            words = gr.Textbox(
+                service.adapters.prompt(start.name if start else "", "", prompt),
+                label="Prompt",
+                lines=2,
+                placeholder="What to draw",
+                elem_id="generate-prompt",
+            )
             negative = gr.Textbox(label="Negative prompt", placeholder="What the picture should not show")
             with gr.Row():
                 run = gr.Button("Generate", variant="primary", elem_id="generate-run")
@@ -99,6 +105,10 @@ def generate_tab(page: gr.Blocks, service: Service, prompt: str) -> gr.Dropdown:
     def first_example(name: str) -> str | None:
         examples = service.adapters.examples(name) if name else []
         return str(examples[0].path) if examples else None
+
+    @told
+    def propose(name: str, current: str) -> str:
+        return service.adapters.prompt(name, current, prompt)
 
     def look_again(name: str) -> Any:
         there = service.adapters.names()
@@ -178,6 +188,7 @@ def generate_tab(page: gr.Blocks, service: Service, prompt: str) -> gr.Dropdown:
     adapter.change(show_adapter, adapter, [card, control_group, examples], **QUIET)
     # Only when a person chooses: settings that are read back bring a control image of their own.
     adapter.input(first_example, adapter, control, **QUIET)
+    adapter.input(propose, [adapter, words], words, **QUIET)
     page.load(look_again, adapter, adapter, **QUIET)
     refresh.click(look_again, adapter, adapter, **QUIET)
     examples.select(pick_example, adapter, control, **QUIET)

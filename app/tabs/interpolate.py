@@ -43,7 +43,8 @@ def interpolate_tab(tab: gr.Tab, service: Service, interpolation: Interpolation,
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=320):
             adapter = adapter_choice(names, base=False, value=start, elem_id="interpolate-adapter")
-            words = gr.Textbox(prompt, label="Prompt", lines=2, elem_id="interpolate-prompt")
+            first_words = service.adapters.prompt(start or "", "", prompt)
+            words = gr.Textbox(first_words, label="Prompt", lines=2, elem_id="interpolate-prompt")
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=110)
                 dice = gr.Button("Random", size="sm", min_width=80, scale=0)
@@ -197,9 +198,9 @@ def interpolate_tab(tab: gr.Tab, service: Service, interpolation: Interpolation,
         return _network(min(position, count), count, service, adapter)
 
     @told
-    def show_adapter(name: str, continuous: bool) -> tuple[Any, ...]:
+    def show_adapter(name: str, continuous: bool, current: str) -> tuple[Any, ...]:
         if not name:
-            return (gr.skip(),) * 6
+            return (gr.skip(),) * 7
         count = interpolation.factor_count(name)
         has_control = _control(service, name)
         shown = service.adapters.examples(name) if has_control else []
@@ -212,6 +213,7 @@ def interpolate_tab(tab: gr.Tab, service: Service, interpolation: Interpolation,
             first,
             points,
             _network(count, count, service, name),
+            service.adapters.prompt(name, current, prompt),
         )
 
     @told
@@ -253,8 +255,8 @@ def interpolate_tab(tab: gr.Tab, service: Service, interpolation: Interpolation,
     )
     whole.change(lambda fine: gr.Slider(step=0.1 if fine else 1), whole, slider, **QUIET)
     dice.click(lambda: random.randint(0, LARGEST_SEED), None, seed, **QUIET)
-    parts = [slider, control_group, examples, control, editor, network]
-    adapter.change(show_adapter, [adapter, whole], parts, **QUIET).then(api_visibility="private", **draw)
+    parts = [slider, control_group, examples, control, editor, network, words]
+    adapter.change(show_adapter, [adapter, whole, words], parts, **QUIET).then(api_visibility="private", **draw)
     examples.select(pick_example, adapter, [control, editor], **QUIET)
     editor.input(redraw, editor, control, **QUIET)
     ticker.tick(tick, look, [strip, ticker], **QUIET)
