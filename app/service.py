@@ -113,7 +113,7 @@ class Service:
         return self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
 
     def describe(self) -> list[dict[str, Any]]:
-        """The adapters: name, kind, control ("" for a subject), m, r, b, steps, prompts, layers, base_model."""
+        """Adapters: name, kind, control ("" for subjects), m, r, b, steps, prompts, subject, layers, base_model."""
         return [
             dataclasses.asdict(card) | {"folder": card.folder.name, "kind": card.kind} for card in self.adapters.cards()
         ]
