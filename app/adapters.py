@@ -29,7 +29,7 @@ class AdapterCard:
     prompts: tuple[str, ...]
     layers: int
     base_model: str | None
-    subject: str = ""  # what a prompt calls the subject; "" where the adapter's record does not say
+    subject: str  # what a prompt calls the subject; "" where the adapter's record does not say
 
     @property
     def kind(self) -> str:
@@ -128,8 +128,7 @@ class AdapterFolders:
 
         `name` is "" for the base model alone.
         """
-        ours = {usual, *(card.subject for card in self.cards())}
-        if current.strip() and current not in ours:
+        if current.strip() and current != usual and all(card.subject != current for card in self.cards()):
             return current
         return (self.card(name).subject if name else "") or usual
 

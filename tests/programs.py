@@ -7,8 +7,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # On CPUs, `accelerate launch` starts one process unless MPI is there; the processes themselves go through accelerate.
-TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-TWO_PROCESSES += (str(ROOT / "tests" / "ended_in_order.py"),)
+TWO_PROCESSES = (
+    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+    str(ROOT / "tests" / "ended_in_order.py"),
+)
 
 
 def start(script: str, *arguments: object, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:

@@ -26,11 +26,12 @@ def test_each_example_draws_a_picture_to_look_at(tmp_path):
 
 def test_the_subject_that_comes_along_is_drawn_elsewhere_and_goes_with_its_factors():
     judge = Judge.load(DEFAULT_PATH)
+    average = average_features(judge)
     photos = [Image.open(path).convert("RGB") for path in (ROOT / "examples" / "subjects" / "vase").glob("*.png")]
     pipe = load_pipeline(ROOT / "pocket" / "model", ROOT / "examples" / "vase", device="cpu")
     likeness = {}
     for factors in (5, 0):
         boft.set_factors(pipe, factors)
         pictures = generate(pipe, ["a sks vase on the beach"] * 3, [0, 1, 2], steps=15)
-        likeness[factors] = measure(judge, average_features(judge), pictures, photos, ["beach"] * 3)
+        likeness[factors] = measure(judge, average, pictures, photos, ["beach"] * 3)
     assert likeness[5].likeness > likeness[0].likeness + 0.3 and likeness[5].scenes == 1

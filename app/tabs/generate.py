@@ -102,13 +102,10 @@ def generate_tab(page: gr.Blocks, service: Service, prompt: str) -> gr.Dropdown:
         return about.markdown(), gr.Column(visible=bool(about.control)), shown
 
     @told
-    def first_example(name: str) -> str | None:
+    def propose(name: str, current: str) -> tuple[str | None, str]:
         examples = service.adapters.examples(name) if name else []
-        return str(examples[0].path) if examples else None
-
-    @told
-    def propose(name: str, current: str) -> str:
-        return service.adapters.prompt(name, current, prompt)
+        first = str(examples[0].path) if examples else None
+        return first, service.adapters.prompt(name, current, prompt)
 
     def look_again(name: str) -> Any:
         there = service.adapters.names()
@@ -186,9 +183,8 @@ def generate_tab(page: gr.Blocks, service: Service, prompt: str) -> gr.Dropdown:
         )
 
     adapter.change(show_adapter, adapter, [card, control_group, examples], **QUIET)
-    # Only when a person chooses: settings that are read back bring a control image of their own.
-    adapter.input(first_example, adapter, control, **QUIET)
-    adapter.input(propose, [adapter, words], words, **QUIET)
+    # Only when a person chooses: settings that are read back bring a control image and a prompt of their own.
+    adapter.input(propose, [adapter, words], [control, words], **QUIET)
     page.load(look_again, adapter, adapter, **QUIET)
     refresh.click(look_again, adapter, adapter, **QUIET)
     examples.select(pick_example, adapter, control, **QUIET)
